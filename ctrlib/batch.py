@@ -1,0 +1,83 @@
+"""What a model reads and what it returns.
+
+Shape letters, used as suffixes of tensor names everywhere: B rows, F fields, D embedding dim, L sequence length, H heads,
+K experts, T tasks, C classes, E edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """B sequences of different lengths without padding.
+
+    ``values`` [N] int32 are the ids of all rows one after another; row b owns ``values[offsets[b]:offsets[b + 1]]``
+    (``offsets`` [B + 1] int32).
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Tensors of B rows; what the columns mean is in :class:`~ctrlib.schema.BatchLayout`.
+
+    Attributes:
+        sparse: [B, F] int32 ids within each field; 0 is padding, 1 is OOV. Ids and floats are never mixed.
+        dense: [B, F] float32; NaN marks a missing value.
+        sequences: by field name.
+        labels: [B, T] float32 of 0 and 1; ``None`` when serving.
+        weight: [B] float32 row weights, or ``None`` for equal weights.
+        group: [B] int64 codes of the GAUC group, or ``None``.
+    """
+
+    sparse: Tensor
+    dense: Tensor
+    sequences: Mapping[str, Ragged] = field(default_factory=dict)
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+    group: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.sparse.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same rows on ``device``."""
+        moved: dict[str, Tensor | None] = {
+            f.name: None if (value := getattr(self, f.name)) is None else value.to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "sequences"
+        }
+        sequences = {
+            name: Ragged(r.values.to(device, non_blocking=True), r.offsets.to(device, non_blocking=True))
+            for name, r in self.sequences.items()
+        }
+        return Batch(sequences=sequences, **moved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a model returns: ``logits`` [B] (or [B, T] tasks) and auxiliary losses by name, scalars to be added."""
+
+    logits: Tensor
+    auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """Anything ``Batch → Output``; in practice an ``nn.Module``."""
+
+    def __call__(self, batch: Batch) -> Output: ...
+
+
+def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable embedding tables of a model: the weights of every ``nn.Embedding`` inside it."""
+    tables = {m.weight: None for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [w for w in tables if isinstance(w, nn.Parameter) and w.requires_grad]

@@ -1,0 +1,381 @@
+"""The fields of a data set, as a person declares them, and what the encoded columns and token axes mean.
+
+Standard library only: everything else in ctrlib may import this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Side = Literal["context", "candidate"]
+NumericEncoding = Literal["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
+Pooling = Literal["mean", "sum", "max"]
+
+PADDING_ID = 0  # a zero vector, never trained
+OOV_ID = 1  # unseen, or seen fewer than min_count times in the training rows
+FIRST_VALUE_ID = 2
+
+
+class DataError(ValueError):
+    """The data or the schema is not what was promised. Says what happened, what was expected, how to fix it."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the choice nearest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _check_vocabulary_options(name: str, min_count: int, max_size: int | None, hash_size: int | None) -> None:
+    if min_count < 1:
+        raise DataError(f"field {name!r}: min_count is {min_count}; expected 1 (keep every value) or more")
+    for option, value in (("max_size", max_size), ("hash_size", hash_size)):
+        if value is not None and value < 1:
+            raise DataError(f"field {name!r}: {option} is {value}; expected 1 or more, or null for no limit")
+    if hash_size is not None and (max_size is not None or min_count > 1):
+        raise DataError(f"field {name!r}: hash_size learns no vocabulary; remove min_count and max_size, or hash_size")
+
+
+def _check_choice(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise DataError(f"field {name!r}: {option} is {value!r}; expected one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseField:
+    """A column of ids or categories: one value a row.
+
+    Args:
+        name: the column.
+        side: ``"context"`` if the value is the same for every candidate of a request (user, device), else ``"candidate"``.
+        min_count: values seen fewer times in the training rows share the OOV id.
+        max_size: keep at most this many values, the most frequent ones; ``None``: all.
+        hash_size: hash values into this many buckets instead of learning a vocabulary.
+        shares: name of another sparse or sequence field whose vocabulary and embedding rows this field uses.
+    """
+
+    name: str
+    side: Side = "candidate"
+    min_count: int = 1
+    max_size: int | None = None
+    hash_size: int | None = None
+    shares: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice(self.name, "side", self.side, get_args(Side))
+        _check_vocabulary_options(self.name, self.min_count, self.max_size, self.hash_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseField:
+    """A numeric column.
+
+    Args:
+        name: the column.
+        side: see :class:`SparseField`.
+        encoding: ``standardize`` ((x − mean)/std), ``log`` (sign(x)·ln(1+|x|), then standardised), ``minmax`` (to [0, 1]),
+            ``piecewise`` (piecewise-linear encoding over quantile bins, arXiv:2203.05556): these enter the model as
+            numbers; ``criteo_log`` (⌊ln²x⌋ for x > 2, else ⌊x⌋) and ``bucket`` (quantile bins) become categories.
+        num_bins: quantile bins of ``piecewise`` and ``bucket``.
+        min_count: for ``criteo_log``: rarer categories share the OOV id.
+    """
+
+    name: str
+    side: Side = "candidate"
+    encoding: NumericEncoding = "standardize"
+    num_bins: int = 16
+    min_count: int = 1
+
+    def __post_init__(self) -> None:
+        _check_choice(self.name, "side", self.side, get_args(Side))
+        _check_choice(self.name, "encoding", self.encoding, get_args(NumericEncoding))
+        if self.num_bins < 2:
+            raise DataError(f"field {self.name!r}: num_bins is {self.num_bins}; expected 2 or more")
+        _check_vocabulary_options(self.name, self.min_count, None, None)
+
+    @property
+    def is_category(self) -> bool:
+        """True where the encoded value is an id (a column of ``Batch.sparse``), not a number."""
+        return self.encoding in ("criteo_log", "bucket")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceField:
+    """A column of lists: an unordered bag of values (genres) or ordered behaviours (items clicked, oldest first).
+
+    Args:
+        name: the column; Arrow/Polars lists, or strings cut at ``separator``.
+        ordered: the order of the values means something.
+        pooling: how the bag becomes one vector where a model does not read the sequence itself.
+        max_length: keep only the last ``max_length`` values; ``None``: no limit (nothing is padded).
+        separator: where values are strings such as ``"a|b|c"``.
+        side, min_count, max_size, hash_size, shares: see :class:`SparseField`.
+    """
+
+    name: str
+    side: Side = "candidate"
+    ordered: bool = False
+    pooling: Pooling = "mean"
+    max_length: int | None = None
+    separator: str | None = None
+    min_count: int = 1
+    max_size: int | None = None
+    hash_size: int | None = None
+    shares: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice(self.name, "side", self.side, get_args(Side))
+        _check_choice(self.name, "pooling", self.pooling, get_args(Pooling))
+        _check_vocabulary_options(self.name, self.min_count, self.max_size, self.hash_size)
+        if self.max_length is not None and self.max_length < 1:
+            raise DataError(f"field {self.name!r}: max_length is {self.max_length}; expected 1 or more, or null")
+        if self.separator == "":
+            raise DataError(f"field {self.name!r}: separator is empty; give the character between values, or null")
+
+
+Field = SparseField | DenseField | SequenceField
+_KINDS: Mapping[str, type[Field]] = {"sparse": SparseField, "dense": DenseField, "sequence": SequenceField}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schema:
+    """What a person declares of a data set; see :meth:`infer`, :meth:`load`.
+
+    Args:
+        fields: the features, in order.
+        labels: columns that hold 0 or 1; several for multi-task models.
+        group: column whose values group rows for GAUC (usually the user).
+        time: column by which the default split is made; not a feature unless it is also a field.
+        weight: column of non-negative row weights.
+        ignored: columns that are not features, with the reason; for people to read.
+    """
+
+    fields: tuple[Field, ...]
+    labels: tuple[str, ...]
+    group: str | None = None
+    time: str | None = None
+    weight: str | None = None
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise DataError("the schema names no label; expected at least one column of 0s and 1s")
+        names = [f.name for f in self.fields]
+        seen: set[str] = set()
+        for name in (*names, *self.labels):
+            if name in seen:
+                raise DataError(f"the schema names column {name!r} twice; a column is one field, or one label")
+            seen.add(name)
+        if self.weight in names:
+            raise DataError(f"column {self.weight!r} is the row weight and also a field; remove one of the two")
+        by_name = {f.name: f for f in self.fields}
+        for f in self.fields:
+            shares = None if isinstance(f, DenseField) else f.shares
+            if shares is None:
+                continue
+            other = by_name.get(shares)
+            if other is None or isinstance(other, DenseField) or other.name == f.name:
+                raise DataError(
+                    f"field {f.name!r} shares the vocabulary of {shares!r}, which is not another sparse or sequence "
+                    f"field{suggest(shares, (n for n in names if n != f.name))}"
+                )
+            if other.shares is not None:
+                raise DataError(f"field {f.name!r} shares with {shares!r}, which itself shares with {other.shares!r}")
+
+    def __getitem__(self, name: str) -> Field:
+        for f in self.fields:
+            if f.name == name:
+                return f
+        raise DataError(f"the schema has no field {name!r}{suggest(name, (f.name for f in self.fields))}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every raw column that training reads, without repeats: fields, labels, group, time, weight."""
+        special = (c for c in (self.group, self.time, self.weight) if c is not None)
+        return tuple(dict.fromkeys([*(f.name for f in self.fields), *self.labels, *special]))
+
+    def with_fields(self, *changed: Field) -> Schema:
+        """A schema in which each given field replaces the field of the same name."""
+        for f in changed:
+            self[f.name]
+        by_name = {f.name: f for f in changed}
+        return replace(self, fields=tuple(by_name.get(f.name, f) for f in self.fields))
+
+    @classmethod
+    def infer(
+        cls,
+        source: object,
+        label: str | Sequence[str],
+        *,
+        group: str | None = None,
+        time: str | None = None,
+        weight: str | None = None,
+    ) -> Schema:
+        """Guess the fields of ``source`` (a CSV, TSV or Parquet path, folder or glob, or a pandas or Polars frame).
+
+        Strings and integers with few distinct values become sparse, other numbers dense, lists sequences. Columns that
+        cannot be features (constant, all different) go to ``ignored`` with the reason. The rules are stated in
+        :func:`ctrlib.data.infer.infer_schema`, which does the work.
+
+        Raises:
+            DataError: the source cannot be read, or has no column of a given name.
+        """
+        from ctrlib.data.infer import infer_schema  # upwards: the one place where a name in the API asks for it
+
+        labels = (label,) if isinstance(label, str) else tuple(label)
+        return infer_schema(source, labels, group=group, time=time, weight=weight)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts; options at their defaults are left out so that a person can read the rest."""
+        kinds = {cls: kind for kind, cls in _KINDS.items()}
+        out: list[dict[str, Any]] = []
+        for f in self.fields:
+            defaults = {d.name: d.default for d in fields(f)}
+            changed = {k: v for k, v in asdict(f).items() if k != "name" and v != defaults[k]}
+            out.append({"name": f.name, "kind": kinds[type(f)], **changed})
+        special = {"group": self.group, "time": self.time, "weight": self.weight}
+        return {
+            "labels": list(self.labels),
+            **{k: v for k, v in special.items() if v is not None},
+            "fields": out,
+            **({"ignored": dict(self.ignored)} if self.ignored else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Schema:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            DataError: an unknown key, kind or option, named together with the nearest that exists.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise DataError(f"schema: unknown key {key!r}{suggest(key, known)}")
+        parsed: list[Field] = []
+        for entry in data.get("fields", ()):
+            options = dict(entry)
+            kind = options.pop("kind", None)
+            if not isinstance(kind, str) or kind not in _KINDS:
+                raise DataError(
+                    f"schema: field {options.get('name')!r} has kind {kind!r}; expected {', '.join(_KINDS)}"
+                    + suggest(str(kind), _KINDS)
+                )
+            if "name" not in options:
+                raise DataError(f"schema: a {kind} field has no name")
+            allowed = [f.name for f in fields(_KINDS[kind])]
+            for option in options:
+                if option not in allowed:
+                    raise DataError(
+                        f"schema: field {options['name']!r} ({kind}) has no option {option!r}{suggest(option, allowed)}"
+                    )
+            parsed.append(_KINDS[kind](**options))
+        return cls(
+            fields=tuple(parsed),
+            labels=tuple(data.get("labels", ())),
+            group=data.get("group"),
+            time=data.get("time"),
+            weight=data.get("weight"),
+            ignored=dict(data.get("ignored", {})),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the schema as JSON, one field a line."""
+        data = self.to_json()
+        lines = ",\n".join(f"    {json.dumps(f, ensure_ascii=False)}" for f in data.pop("fields"))
+        head = json.dumps(data, indent=2, ensure_ascii=False)
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        part.write_text(head[:-2] + ',\n  "fields": [\n' + lines + "\n  ]\n}\n", encoding="utf-8")
+        part.replace(target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schema:
+        """Read a schema written by :meth:`save` or by hand.
+
+        Raises:
+            DataError: the file is missing, is not JSON, or does not describe a schema.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"schema file {path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise DataError(f"schema file {path}: not valid JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise DataError(f"schema file {path}: holds a {type(data).__name__}; expected an object with labels and fields")
+        return cls.from_json(data)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseColumn:
+    """One column of ``Batch.sparse``. Ids run from 0 (padding) and 1 (OOV) to ``vocab_size`` − 1.
+
+    ``table`` names the vocabulary: columns with the same one share embedding rows.
+    """
+
+    name: str
+    vocab_size: int
+    table: str
+
+
+@dataclass(frozen=True, slots=True)
+class DenseColumn:
+    """One column of ``Batch.dense``.
+
+    ``num_bins`` is 0 for a plain number; otherwise the value is a position among that many bins, from which the embedding
+    makes the piecewise-linear encoding. ``missing``: training rows had missing values (NaN in the column).
+    """
+
+    name: str
+    num_bins: int = 0
+    missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceColumn:
+    """One entry of ``Batch.sequences``; ids as in :class:`SparseColumn`."""
+
+    name: str
+    vocab_size: int
+    table: str
+    pooling: Pooling = "mean"
+    ordered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """What the columns of a :class:`~ctrlib.batch.Batch` mean: all a model needs to know of the data."""
+
+    sparse: tuple[SparseColumn, ...] = ()
+    dense: tuple[DenseColumn, ...] = ()
+    sequences: tuple[SequenceColumn, ...] = ()
+    labels: tuple[str, ...] = ("label",)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Field names in token order: sparse, dense, sequences."""
+        return tuple([*(c.name for c in self.sparse), *(c.name for c in self.dense), *(c.name for c in self.sequences)])
+
+
+@dataclass(frozen=True, slots=True)
+class FieldLayout:
+    """What axes 1 and 2 of a ``[B, F, D]`` tensor mean: F names, and the width D."""
+
+    names: tuple[str, ...]
+    dim: int
+
+    @property
+    def num_fields(self) -> int:
+        """F."""
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """F·D, the width of the flattened tensor."""
+        return len(self.names) * self.dim
