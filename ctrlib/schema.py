@@ -360,7 +360,7 @@ class BatchLayout:
     @property
     def names(self) -> tuple[str, ...]:
         """Field names in token order: sparse, dense, sequences."""
-        return tuple([*(c.name for c in self.sparse), *(c.name for c in self.dense), *(c.name for c in self.sequences)])
+        return (*(c.name for c in self.sparse), *(c.name for c in self.dense), *(c.name for c in self.sequences))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,150 @@
+"""A trained model as a folder that a service can load: schema, vocabularies, config, weights. JSON, Parquet, safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ctrlib.batch import Batch
+from ctrlib.config import Table, from_json, to_json
+from ctrlib.data.encoder import Encoder
+from ctrlib.data.source import open_source
+from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.presets import COMPONENTS
+from ctrlib.schema import DataError, Schema
+from ctrlib.training import predict
+
+_FORMAT = 1
+_BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model with everything it needs to score raw rows. Make one with :func:`save` and :func:`load`."""
+
+    encoder: Encoder
+    config: ModelComponent.Config
+    model: ModelComponent
+    info: Mapping[str, Any]
+
+    @property
+    def schema(self) -> Schema:
+        """The fields that :meth:`predict` reads."""
+        return self.encoder.schema
+
+    def predict(self, data: object) -> npt.NDArray[np.float64]:
+        """Probabilities of raw rows.
+
+        Args:
+            data: anything :func:`~ctrlib.data.source.open_source` accepts; labels are not needed.
+
+        Returns:
+            [N] probabilities, or [N, T] for several labels; unseen values count as OOV, nulls as missing.
+
+        Raises:
+            DataError: a column is missing, or a value cannot be what its field says; names the column and the row.
+        """
+        table = open_source(data)
+        if table.num_rows == 0:
+            table.require([f.name for f in self.schema.fields], ", which the model reads")
+            return np.zeros((0,) if len(self.schema.labels) == 1 else (0, len(self.schema.labels)))
+        return predict(self.model, self.batches(table, labels=False)).probability
+
+    def batches(self, data: object, *, labels: bool) -> Iterator[Batch]:
+        """The rows, encoded, a few thousand at a time."""
+        return (block.batch() for block in self.encoder.encode(data, labels=labels, block_rows=_BLOCK_ROWS))
+
+
+def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: ModelComponent.Config) -> None:
+    """Write an artifact: under a temporary name, renamed when whole.
+
+    Raises:
+        DataError: the folder exists already or cannot be written.
+    """
+    target = Path(path)
+    if target.exists():
+        raise DataError(f"{target} exists already; choose another folder or remove it")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{part}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        encoder.save(part)
+        (part / "model.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
+            part / "weights.safetensors",
+        )
+        files = {str(p.relative_to(part)): _sha256(p) for p in sorted(part.rglob("*")) if p.is_file()}
+        info = {
+            "format": _FORMAT,
+            "ctrlib": version("ctrlib"),
+            "labels": list(encoder.schema.labels),
+            "fields": list(model.embedding.out.names),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "encoder_hash": encoder.hash,
+            "files": files,
+        }
+        (part / "artifact.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
+    """Read an artifact, or the artifact of a run folder.
+
+    Args:
+        path: a folder written by :func:`save`, or a run that holds one as ``artifact/``.
+        table: component classes by name; pass a larger one for blocks of your own.
+
+    Raises:
+        DataError: not an artifact, another format, a file missing or damaged, or weights of another model.
+        ConfigError: the model uses a component or option that this version does not know.
+    """
+    folder = Path(path)
+    if (folder / "artifact" / "artifact.json").is_file():
+        folder = folder / "artifact"
+    try:
+        info = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train") from error
+    except ValueError as error:
+        raise DataError(f"{folder / 'artifact.json'} is damaged ({error}); train or copy the artifact again") from error
+    if info.get("format") != _FORMAT:
+        raise DataError(f"artifact {folder} has format {info.get('format')}; this version reads {_FORMAT}: train it again")
+    for name, digest in info["files"].items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
+    encoder = Encoder.load(folder)
+    config = from_json(json.loads((folder / "model.json").read_text(encoding="utf-8")), ModelComponent.Config, table, "model")
+    model = build_model(config, encoder.layout)
+    if list(model.embedding.out.names) != info["fields"]:
+        raise DataError(
+            f"artifact {folder}: its fields {info['fields']} are not those of its schema {model.embedding.out.names}"
+        )
+    try:
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise DataError(f"artifact {folder}: the weights do not fit the model ({str(error).splitlines()[0]})") from error
+    model.eval()
+    return Artifact(encoder, config, model, info)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,200 @@
+"""The command line. Every command is one function of :mod:`ctrlib.experiment`; this file only reads options and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctrlib import experiment
+from ctrlib.config import ConfigError
+from ctrlib.cpu import tune_cpu
+from ctrlib.data.split import SplitBy
+from ctrlib.models.presets import PRESETS
+from ctrlib.schema import DataError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Click-through-rate models: from a Parquet or CSV file to a trained, evaluated, saved model.",
+)
+
+Label = Annotated[list[str] | None, typer.Option("--label", help="Label column of 0s and 1s; repeat for several.")]
+SchemaFile = Annotated[Path | None, typer.Option("--schema", help="Schema JSON; without it the fields are inferred.")]
+Valid = Annotated[str | None, typer.Option(help="Validation rows; without it they are cut from the data.")]
+Test = Annotated[str | None, typer.Option(help="Test rows; without it they are cut from the data.")]
+Split = Annotated[str, typer.Option(help="How rows are cut: auto (time if known, else random), time, random, order.")]
+Shares = Annotated[str, typer.Option(help="Shares of training, validation and test rows, where they are cut.")]
+Group = Annotated[str | None, typer.Option(help="Column that groups rows for GAUC, usually the user.")]
+Time = Annotated[str | None, typer.Option(help="Time column, for the split.")]
+Weight = Annotated[str | None, typer.Option(help="Column of row weights.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist.")]
+Seed = Annotated[int, typer.Option(help="Seed of initial weights, dropout, row order and random splits.")]
+
+
+def main() -> None:
+    """Run the command line; a bad option or bad data is one line on standard error and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    tune_cpu()
+    try:
+        app()
+    except (DataError, ConfigError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _data_options(
+    label: list[str] | None,
+    schema: Path | None,
+    valid: str | None,
+    test: str | None,
+    split: str,
+    shares: str,
+    group: str | None,
+    time: str | None,
+    weight: str | None,
+    seed: int,
+) -> experiment.DataOptions:
+    ways: dict[str, SplitBy] = {"auto": "auto", "time": "time", "random": "random", "order": "order"}
+    if split not in ways:
+        raise ConfigError(f"--split is {split!r}; expected one of {', '.join(ways)}")
+    try:
+        train, validation, testing = (float(part) for part in shares.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--shares is {shares!r}; expected three numbers such as 0.8,0.1,0.1") from error
+    return experiment.DataOptions(
+        label=tuple(label) if label else None,
+        schema=schema,
+        valid=valid,
+        test=test,
+        split=ways[split],
+        shares={"train": train, "valid": validation, "test": testing},
+        group=group,
+        time=time,
+        weight=weight,
+        seed=seed,
+    )
+
+
+@app.command()
+def prepare(
+    data: Annotated[str, typer.Argument(help="Training rows: .parquet, .csv or .tsv file, folder or glob.")],
+    out: Out,
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    seed: Seed = 0,
+) -> None:
+    """Encode raw data once into a store that `train` reads."""
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    store = experiment.prepare(data, out, options)
+    for name, rows in store.rows.items():
+        print(f"{name:<6} {rows:>12,} rows")
+    layout = store.encoder.layout
+    values = sum(v.size for v in store.encoder.vocabularies.values())
+    print(f"{len(layout.names)} fields, {values:,} ids; schema: {out / 'schema.json'}")
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
+    model: Annotated[str, typer.Option(help="A name from `ctrlib models`.")],
+    out: Out,
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    flavour: Annotated[str, typer.Option(help="paper, fuxictr or official.")] = "paper",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="path.to.option=value, e.g. fit.optimizer.learning_rate=3e-4; repeat.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most this many epochs.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Train, evaluate and save one model."""
+    assignments: dict[str, str] = {}
+    for item in set_ or []:
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} has no '='; expected path.to.option=value")
+        assignments[path.strip()] = value.strip()
+    config = experiment.configure(model, flavour, assignments, epochs)
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    report = experiment.train(data, config, out, options, name=model, seed=seed)
+    _print_report(report)
+    print(f"saved to {out} (artifact, config.json, history.jsonl, metrics.json)")
+    if report["interrupted"]:
+        sys.exit(130)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder.")],
+    data: Annotated[str, typer.Argument(help="Raw rows with labels, or the store that the model was trained from.")],
+    by: Annotated[str | None, typer.Option(help="Also print a table per value of this column.")] = None,
+) -> None:
+    """Print the metrics of a saved model on new rows, as JSON; with --by, a table per segment."""
+    report = experiment.evaluate_run(run, data, by=by)
+    segments = report.pop("segments", None)
+    print(json.dumps(report, indent=2))
+    if segments is not None:
+        _print_segments(by or "", segments)
+
+
+@app.command()
+def models() -> None:
+    """List the models by name."""
+    width = max(map(len, PRESETS))
+    for name, preset in PRESETS.items():
+        print(f"{name:<{width}}  {preset.description}  [{', '.join(preset.flavours)}]  {preset.paper}")
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="An experiment file, e.g. experiments/frappe/final_mlp.py.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/<experiment>.")] = None,
+) -> None:
+    """Reproduce a published result over several seeds."""
+    folder = out or Path("runs") / file.resolve().parent.name / file.stem
+    results = experiment.run_experiment(file, folder, seeds=seeds)
+    for metric in ("auc", "log_loss"):
+        found, published = results["test"][metric], results["published"].get(metric)
+        print(f"test {metric:<9} {found['mean']:.6f} ± {found['std']:.6f} over {seeds} seeds (published {published})")
+    print(f"{results['note']}; results: {folder / 'results.json'}")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    rows = ", ".join(f"{name} {count:,}" for name, count in report["rows"].items())
+    print(f"{report['model']}: {report['parameters']:,} parameters; rows: {rows}; best epoch {report['best_epoch']:g}")
+    metrics = ("auc", "gauc", "log_loss", "normalized_entropy", "ece", "copc")
+    for split in ("valid", "test"):
+        if split in report:
+            print(f"{split:<6}" + "".join(f"  {m} {report[split][m]:.5f}" for m in metrics if m in report[split]))
+    print(f"{report['seconds']:.1f} s, {report['rows_per_second']:,.0f} training rows/s, peak {report['peak_rss_mb']:,.0f} MB")
+
+
+def _print_segments(by: str, segments: list[dict[str, Any]]) -> None:
+    columns = ("rows", "label_rate", "auc", "log_loss", "ece", "copc")
+    names = [str(s["segment"]) for s in segments]
+    width = max(map(len, [by, *names]))
+    print(f"\n{by:<{width}}" + "".join(f"{c:>12}" for c in columns))
+    for name, segment in zip(names, segments, strict=True):
+        cells = "".join(f"{segment[c]:>12,}" if c == "rows" else f"{segment[c]:>12.5f}" for c in columns)
+        print(f"{name:<{width}}{cells}")

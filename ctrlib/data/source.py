@@ -1,0 +1,377 @@
+"""One way to read every kind of table: Parquet or CSV files, folders and globs, pandas and Polars frames, Arrow tables.
+
+A :class:`Source` yields one column at a time as Arrow arrays in blocks of rows, so that columns can be read by several threads
+and nothing is ever held whole. Parquet strings come back dictionary-encoded and are never materialised.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from ctrlib.schema import DataError, suggest
+
+BLOCK_ROWS = 1 << 17
+_CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table somewhere.
+
+    Attributes:
+        name: how errors call it.
+        types: Arrow type by column name.
+        num_rows: rows (after :meth:`select`, the selected ones).
+    """
+
+    name: str
+    types: Mapping[str, Any]
+    parts: Sequence[_Part]
+    num_rows: int
+    rows: np.ndarray | None = None
+    keep_alive: object = field(default=None, repr=False)
+
+    def require(self, columns: Sequence[str], why: str = "") -> None:
+        """Raise :class:`DataError` for the first of ``columns`` that the table lacks."""
+        for column in columns:
+            if column not in self.types:
+                raise DataError(
+                    f"{self.name} has no column {column!r}{why}{suggest(column, self.types)} "
+                    f"(columns: {', '.join(list(self.types)[:40])})"
+                )
+
+    def select(self, rows: np.ndarray) -> Source:
+        """The rows where the boolean mask over *all* rows of the table is true."""
+        return Source(self.name, self.types, self.parts, int(rows.sum()), rows, self.keep_alive)
+
+    def locate(self, row: int) -> str:
+        """``"<file>, row 17"`` of the row at position ``row``; the first data row of a file is row 1."""
+        at = int(np.flatnonzero(self.rows)[row]) if self.rows is not None else row
+        for part in self.parts:
+            if at < part.num_rows:
+                return f"{part.name}, row {at + 1}"
+            at -= part.num_rows
+        return f"{self.name}, row {at + 1}"
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Path, size and time of change of every raw file, by which a store notices that it is stale."""
+        files = [Path(part.name) for part in self.parts if part.path is not None]
+        stats = [(path.resolve(), path.stat()) for path in files]
+        return [{"path": str(path), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats]
+
+    def blocks(self, column: str, block_rows: int = BLOCK_ROWS) -> Iterator[Any]:
+        """The column as Arrow arrays of ``block_rows`` rows (the last one shorter), in row order.
+
+        Raises:
+            DataError: a file turns out to be damaged.
+        """
+        buffered: list[Any] = []
+        count = 0
+        for array in self._selected(column):
+            buffered.append(array)
+            count += len(array)
+            while count >= block_rows:
+                whole = _concat(buffered)
+                yield whole.slice(0, block_rows)
+                buffered = [whole.slice(block_rows)] if count > block_rows else []
+                count -= block_rows
+        if count:
+            yield _concat(buffered)
+
+    def _selected(self, column: str) -> Iterator[Any]:
+        at = 0
+        for part in self.parts:
+            for array in part.arrays(column):
+                if self.rows is None:
+                    yield array
+                else:
+                    yield array.filter(pa.array(self.rows[at : at + len(array)]))
+                at += len(array)
+
+    def column(self, column: str) -> Any:
+        """The whole column as one Arrow array."""
+        return _concat(list(self.blocks(column))) if self.num_rows else pa.array([], self.types[column])
+
+
+def _concat(arrays: list[Any]) -> Any:
+    if len(arrays) == 1:
+        return arrays[0]
+    if isinstance(arrays[0], pa.DictionaryArray):
+        return pa.chunked_array(arrays).unify_dictionaries().combine_chunks()
+    return pa.concat_arrays(arrays)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file, or a table in memory."""
+
+    name: str
+    num_rows: int
+    table: Any = None
+    path: Path | None = None
+    metadata: Any = None
+    casts: Mapping[str, Any] = field(default_factory=dict)
+
+    def arrays(self, column: str) -> Iterator[Any]:
+        if self.table is not None:
+            yield from self.table.column(column).chunks
+            return
+        try:
+            with pq.ParquetFile(self.path, metadata=self.metadata, read_dictionary=[column], memory_map=True) as file:
+                for batch in file.iter_batches(BLOCK_ROWS, columns=[column], use_threads=False):
+                    array = batch.column(0)
+                    cast = self.casts.get(column)
+                    yield array if cast is None else pc.cast(array.dictionary_decode(), cast)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(self.path, error) from error
+
+
+def _damaged(path: Path | None, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot be read as Parquet ({_first_line(error)}); the file is damaged or cut short: copy or write it again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def open_source(data: object, name: str = "the table") -> Source:
+    """A :class:`Source` over whatever ``data`` is.
+
+    Args:
+        data: path of a ``.parquet``, ``.csv`` or ``.tsv`` file, of a folder of such files, or a glob; a pandas or Polars frame;
+            an Arrow table; a list of dicts (rows) or a dict of lists (columns).
+        name: how errors call a table that has no path.
+
+    Raises:
+        DataError: nothing there, an unknown kind, duplicate column names, an empty or damaged file, a malformed row.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | Path):
+        return _from_paths(_find(str(data)), str(data))
+    return _from_table(_to_arrow(data, name), name)
+
+
+def _to_arrow(data: object, name: str) -> Any:
+    if isinstance(data, pa.Table):
+        return data
+    module = type(data).__module__.partition(".")[0]
+    try:
+        if module == "pandas":
+            frame: Any = data
+            _unique([str(c) for c in frame.columns], name)
+            return pa.Table.from_pandas(frame, preserve_index=False)
+        if module == "polars":
+            lazy: Any = data
+            return (lazy.collect() if hasattr(lazy, "collect") else lazy).to_arrow()
+        if isinstance(data, Mapping):
+            return pa.table({str(k): pa.array(v) for k, v in data.items()})
+        if isinstance(data, list) and all(isinstance(row, Mapping) for row in data):
+            names = dict.fromkeys(str(key) for row in data for key in row)
+            return pa.table({n: pa.array([row.get(n) for row in data]) for n in names})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError) as error:
+        raise DataError(f"{name}: a column mixes kinds of values ({_first_line(error)}); give every column one type") from error
+    raise DataError(
+        f"{name} is a {type(data).__name__}; expected a path, a pandas or Polars frame, an Arrow table, "
+        "a list of dicts or a dict of lists"
+    )
+
+
+def _from_table(table: Any, name: str) -> Source:
+    _unique(table.column_names, name)
+    # Polars gives large and view types; one kind of string keeps the rest simple. No value changes.
+    table = table.cast(pa.schema([pa.field(f.name, _plain(f.type)) for f in table.schema]))
+    types = {f.name: f.type for f in table.schema}
+    return Source(name, types, [_Part(name, table.num_rows, table=table)], table.num_rows)
+
+
+def _plain(kind: Any) -> Any:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_dictionary(kind) and pa.types.is_string_view(kind.value_type):
+        return pa.dictionary(kind.index_type, pa.large_string())
+    if pa.types.is_large_list(kind) or pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    return kind
+
+
+def _unique(columns: Sequence[str], name: str) -> None:
+    seen: set[str] = set()
+    for column in columns:
+        if column in seen:
+            raise DataError(f"{name} has two columns named {column!r}; rename one of them")
+        seen.add(column)
+
+
+def _find(path: str) -> list[Path]:
+    at = Path(path)
+    if at.is_file():
+        return [at]
+    if at.is_dir():
+        files = sorted(p for p in at.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
+        files = [p for p in files if _kind(p)]
+        if not files:
+            raise DataError(f"{path}: the folder holds no .parquet, .csv or .tsv file")
+    else:
+        files = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
+        if not files:
+            raise DataError(f"{path}: no such file, folder or glob")
+    kinds = {_kind(p) for p in files}
+    if len(kinds) > 1:
+        raise DataError(f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}); keep one kind")
+    return files
+
+
+def _kind(path: Path) -> str:
+    suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    suffix = suffix.lower()
+    return "parquet" if suffix in _PARQUET_SUFFIXES else suffix[1:] if suffix in _CSV_SUFFIXES else ""
+
+
+def _from_paths(paths: list[Path], name: str) -> Source:
+    kind = _kind(paths[0])
+    if not kind:
+        raise DataError(f"{paths[0]}: unknown kind of file; expected .parquet, .csv or .tsv (.csv.gz, .tsv.gz)")
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty")
+    if kind == "parquet":
+        return _from_parquet(paths, name)
+    folder = _Scratch()
+    parts, types = _convert_csv(paths, _CSV_SUFFIXES["." + kind], folder.path)
+    return Source(name, types, parts, sum(p.num_rows for p in parts), keep_alive=folder)
+
+
+class _Scratch:
+    """A temporary folder that goes when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="ctrlib-csv-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _from_parquet(paths: list[Path], name: str) -> Source:
+    parts: list[_Part] = []
+    types: dict[str, Any] = {}
+    for path in paths:
+        try:
+            with pq.ParquetFile(path, memory_map=True) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from error
+        _unique(schema.names, str(path))
+        found = {f.name: _plain(f.type) for f in schema}
+        if not parts:
+            types = found
+        for column, kind in types.items():
+            if found.get(column) != kind:
+                raise DataError(
+                    f"{path}: column {column!r} is {found.get(column, 'missing')}, but {paths[0]} has it as {kind}; "
+                    "write all files with one schema"
+                )
+        parts.append(_Part(str(path), metadata.num_rows, path=path, metadata=metadata))
+    return Source(name, types, parts, sum(p.num_rows for p in parts))
+
+
+def _convert_csv(paths: list[Path], delimiter: str, folder: Path) -> tuple[list[_Part], dict[str, Any]]:
+    """Parse CSV files once, as text, into Parquet beside; a column becomes integer or float only if every cell is one.
+
+    Arrow's reader rather than Polars': it names the row of a malformed line, where Polars fills missing cells with nulls.
+    """
+    texts: dict[str, _TextColumn] = {}
+    written: list[tuple[Path, Path, int]] = []
+    for i, path in enumerate(paths):
+        try:
+            names = _csv_header(path, delimiter)
+            _unique(names, str(path))
+            if texts and list(texts) != names:
+                raise DataError(f"{path}: its header differs from that of {paths[0]}; all files need the same columns")
+            texts = texts or {n: _TextColumn() for n in names}
+            target = folder / f"{i}.parquet"
+            written.append((path, target, _csv_to_parquet(path, delimiter, target, texts)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: {_csv_problem(error)}") from error
+    types = {n: t.type for n, t in texts.items()}
+    casts = {n: t for n, t in types.items() if t != pa.string()}
+    return [_Part(str(p), rows, path=t, casts=casts) for p, t, rows in written], types
+
+
+def _csv_header(path: Path, delimiter: str) -> list[str]:
+    options = pacsv.ReadOptions(use_threads=False)
+    with pacsv.open_csv(path, options, pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)) as reader:
+        names: list[str] = reader.schema.names
+    return names
+
+
+def _csv_to_parquet(path: Path, delimiter: str, target: Path, texts: Mapping[str, _TextColumn]) -> int:
+    rows = 0
+    convert = pacsv.ConvertOptions(
+        column_types={n: pa.string() for n in texts},
+        strings_can_be_null=True,
+        null_values=[""],
+        quoted_strings_can_be_null=True,
+    )
+    schema = pa.schema([(n, pa.string()) for n in texts])
+    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    read = pacsv.ReadOptions(block_size=1 << 24)
+    with (
+        pacsv.open_csv(path, read, parse, convert) as reader,
+        pq.ParquetWriter(target, schema, compression="lz4") as writer,
+    ):
+        for batch in reader:
+            rows += batch.num_rows
+            for n, text in texts.items():
+                text.update(batch.column(n))
+            writer.write_batch(batch)
+    return rows
+
+
+def _csv_problem(error: Exception) -> str:
+    text = _first_line(error)
+    if "Empty CSV" in text:
+        return "the file is empty; expected a header line and rows"
+    if "UTF8" in text:
+        return f"the text is not UTF-8 ({text}; the header is row 1); convert the file to UTF-8"
+    if "CSV parse error" in text:
+        return f"malformed line ({text.removeprefix('CSV parse error: ')}; the header is row 1); mend or remove it"
+    return text
+
+
+class _TextColumn:
+    """Narrowest of int64, double and string that holds every cell of a CSV column exactly as written."""
+
+    def __init__(self) -> None:
+        self._candidates: list[Any] = [pa.int64(), pa.float64()]
+
+    @property
+    def type(self) -> Any:
+        return self._candidates[0] if self._candidates else pa.string()
+
+    def update(self, array: Any) -> None:
+        while self._candidates and not self._fits(array, self._candidates[0]):
+            self._candidates.pop(0)
+
+    @staticmethod
+    def _fits(array: Any, kind: Any) -> bool:
+        try:
+            values = pc.cast(array, kind)
+        except pa.ArrowInvalid:
+            return False
+        # "007" is a code, not the number 7
+        return kind != pa.int64() or bool(pc.all(pc.equal(pc.cast(values, pa.string()), array), min_count=0).as_py())

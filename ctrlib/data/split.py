@@ -1,0 +1,77 @@
+"""Training, validation and test rows where no split is given: by time where a time column is known, else at random."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ctrlib.data.source import Source
+from ctrlib.schema import DataError
+
+SplitBy = Literal["auto", "time", "random", "order"]
+
+
+def split_rows(
+    table: Source, fractions: dict[str, float], *, by: SplitBy = "auto", time: str | None = None, seed: int = 0
+) -> dict[str, Source]:
+    """Cut a table into named parts that together hold every row once.
+
+    Args:
+        table: the rows.
+        fractions: share of the rows by name, e.g. ``{"train": .8, "valid": .1, "test": .1}``; in order of time.
+        by: ``time`` (earliest rows first; equal times in file order), ``order`` (the order of the file), ``random`` (exact
+            shares, from ``seed``), or ``auto``: time where a column is given, else random.
+        time: the time column: numbers, timestamps, dates, or text that sorts in time order.
+        seed: of the random split.
+
+    Raises:
+        DataError: shares that do not sum to 1, fewer rows than parts, no time column, or a row without a time.
+    """
+    shares = np.array(list(fractions.values()))
+    if (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9:
+        raise DataError(f"the split shares are {list(fractions.values())}; expected positive numbers that sum to 1")
+    if by == "time" and time is None:
+        raise DataError(
+            "a split by time needs a time column; name it in the schema or with --time, or split by order or random"
+        )
+    n = table.num_rows
+    cuts = np.rint(np.cumsum(shares) * n).astype(np.int64)
+    if n < len(shares) or (np.diff(cuts, prepend=0) == 0).any():
+        raise DataError(f"{table.name} has {n} rows, too few for {', '.join(fractions)}; give more rows or other shares")
+    rank = np.empty(n, np.int64)
+    if by == "time" or (by == "auto" and time is not None):
+        assert time is not None
+        rank[np.argsort(_times(table, time), kind="stable")] = np.arange(n)
+    elif by == "order":
+        rank = np.arange(n)
+    else:
+        rank = np.random.default_rng(seed).permutation(n)
+    part = np.searchsorted(cuts, rank, side="right")
+    if table.rows is None:
+        return {name: table.select(part == i) for i, name in enumerate(fractions)}
+    rows = np.flatnonzero(table.rows)
+    masks = {name: np.zeros(len(table.rows), bool) for name in fractions}
+    for i, mask in enumerate(masks.values()):
+        mask[rows[part == i]] = True
+    return {name: table.select(mask) for name, mask in masks.items()}
+
+
+def _times(table: Source, time: str) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
+    table.require([time], ", the time column")
+    values = table.column(time)
+    if values.null_count:
+        row = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
+        raise DataError(f"column {time!r}, {table.locate(row)}: the time is missing; fill it in, or split by order or random")
+    if isinstance(values, pa.DictionaryArray) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        encoded = values.dictionary_encode() if not isinstance(values, pa.DictionaryArray) else values
+        order = pc.rank(encoded.dictionary, tiebreaker="dense").to_numpy(zero_copy_only=False)
+        times: npt.NDArray[np.int64] = order[encoded.indices.to_numpy(zero_copy_only=False)]
+        return times
+    if pa.types.is_temporal(values.type):
+        values = pc.cast(pc.cast(values, pa.timestamp("us")), pa.int64())
+    result: npt.NDArray[np.float64] = values.to_numpy(zero_copy_only=False)
+    return result

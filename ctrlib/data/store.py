@@ -1,0 +1,247 @@
+"""The encoded data set on disk: memory-mapped columns beside a manifest with the encoder's hash and a checksum per file.
+
+A store is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ctrlib.data.encoder import Encoded, Encoder
+from ctrlib.data.source import Source
+from ctrlib.progress import track
+from ctrlib.schema import DataError, Schema
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """The encoded rows of one split, as tensors mapped from files. Shapes as in :class:`~ctrlib.batch.Batch`.
+
+    ``sequences`` maps a field to its values [N] and offsets [rows + 1] (int64).
+    """
+
+    num_rows: int
+    sparse: Tensor
+    dense: Tensor
+    sequences: Mapping[str, tuple[Tensor, Tensor]]
+    labels: Tensor
+    weight: Tensor | None
+    group: Tensor | None
+
+
+class _Writer:
+    """Appends arrays to a raw little-endian file and hashes what it writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._entry: dict[str, Any] = {"rows": 0}
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array)
+        self._entry |= {"dtype": data.dtype.str, "row_shape": list(data.shape[1:]), "rows": self._entry["rows"] + len(data)}
+        self._digest.update(data.data)
+        self._file.write(data.data)
+
+    def close(self) -> dict[str, Any]:
+        self._file.close()
+        return {**self._entry, "sha256": self._digest.hexdigest()}
+
+
+class Store:
+    """An encoded data set; make one with :meth:`create`, read one with :meth:`open`.
+
+    Attributes:
+        path: its folder.
+        encoder: what encoded it.
+        rows: rows by split name.
+    """
+
+    def __init__(self, path: Path, encoder: Encoder, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.encoder = encoder
+        self._manifest = manifest
+        self.rows: Mapping[str, int] = {name: split["rows"] for name, split in manifest["splits"].items()}
+
+    @staticmethod
+    def is_store(path: str | Path) -> bool:
+        """Whether a folder holds a store."""
+        return (Path(path) / "manifest.json").is_file() and (Path(path) / "encoder.json").is_file()
+
+    @classmethod
+    def create(cls, path: str | Path, encoder: Encoder, sources: Mapping[str, Source]) -> Store:
+        """Encode each source into a split of a new store.
+
+        Raises:
+            DataError: the folder exists and is not an unfinished store, cannot be written, or a value cannot be encoded.
+        """
+        target = Path(path)
+        if target.exists():
+            raise DataError(f"{target} exists already; choose another folder or remove it")
+        part = target.with_name(target.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"{part}: cannot be written ({error.strerror}); choose another folder") from error
+        try:
+            encoder.save(part)
+            splits = {name: _write_split(part / name, encoder, source) for name, source in sources.items()}
+            manifest = {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits}
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            part.rename(target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return cls.open(target, verify=False)
+
+    @classmethod
+    def open(cls, path: str | Path, *, schema: Schema | None = None, verify: bool = True) -> Store:
+        """Map an existing store.
+
+        Args:
+            path: its folder.
+            schema: refuse the store if it was made with another schema.
+            verify: compare the checksum of every file (reads everything once, about a second per GB).
+
+        Raises:
+            DataError: not a store, another format, another schema, a file missing or damaged, or raw files that changed since.
+        """
+        folder = Path(path)
+        if not cls.is_store(folder):
+            raise DataError(f"{folder} is not a prepared store (no manifest.json); make one with: ctrlib prepare")
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"store {folder}: manifest.json is damaged ({error}); prepare it again") from error
+        if manifest.get("format") != _FORMAT:
+            raise DataError(
+                f"store {folder} has format {manifest.get('format')}; this version reads {_FORMAT}: prepare it again"
+            )
+        encoder = Encoder.load(folder)
+        if encoder.hash != manifest["encoder_hash"]:
+            raise DataError(f"store {folder} was encoded by another encoder than the one beside it; prepare it again")
+        if schema is not None and schema.to_json() != encoder.schema.to_json():
+            raise DataError(
+                f"store {folder} was made with another schema ({_difference(schema, encoder.schema)}); prepare it again"
+            )
+        for name, split in manifest["splits"].items():
+            _check_sources(folder, name, split["sources"])
+            for file, entry in split["files"].items():
+                _check_file(folder / name / file, entry, verify)
+        return cls(folder, encoder, manifest)
+
+    def split(self, name: str) -> Split:
+        """One split, mapped.
+
+        Raises:
+            DataError: the store has no split of that name.
+        """
+        if name not in self.rows:
+            raise DataError(f"store {self.path} has no split {name!r}; it has {', '.join(self.rows)}")
+        files = self._manifest["splits"][name]["files"]
+
+        def mapped(file: str) -> Tensor:
+            entry = files[file]
+            shape = (entry["rows"], *entry["row_shape"])
+            if 0 in shape:
+                return torch.from_numpy(np.zeros(shape, entry["dtype"]))
+            # copy-on-write: torch wants writable memory; nothing writes to it
+            return torch.from_numpy(np.memmap(self.path / name / file, entry["dtype"], "c", shape=shape))
+
+        sequences = {
+            column.name: (mapped(f"values-{i}.bin"), mapped(f"offsets-{i}.bin"))
+            for i, column in enumerate(self.encoder.layout.sequences)
+        }
+        return Split(
+            num_rows=self.rows[name],
+            sparse=mapped("sparse.bin"),
+            dense=mapped("dense.bin"),
+            sequences=sequences,
+            labels=mapped("labels.bin"),
+            weight=mapped("weight.bin") if "weight.bin" in files else None,
+            group=mapped("group.bin") if "group.bin" in files else None,
+        )
+
+
+def _write_split(folder: Path, encoder: Encoder, source: Source) -> dict[str, Any]:
+    if source.num_rows == 0:
+        raise DataError(f"{source.name}: no rows for the split {folder.name!r}; expected at least one")
+    folder.mkdir()
+    writers: dict[str, _Writer] = {}
+
+    def append(file: str, array: npt.NDArray[Any] | None) -> None:
+        if array is not None:
+            if file not in writers:
+                writers[file] = _Writer(folder / file)
+            writers[file].append(array)
+
+    ends = [0] * len(encoder.layout.sequences)
+    for i in range(len(ends)):
+        append(f"offsets-{i}.bin", np.zeros(1, np.int64))
+    with track(f"encode {folder.name}", source.num_rows) as bar:
+        for block in encoder.encode(source):
+            _append_block(block, encoder, ends, append)
+            bar.advance(len(block.sparse))
+    return {
+        "rows": source.num_rows,
+        "sources": source.fingerprint(),
+        "files": {file: writer.close() for file, writer in writers.items()},
+    }
+
+
+def _append_block(block: Encoded, encoder: Encoder, ends: list[int], append: Any) -> None:
+    append("sparse.bin", block.sparse)
+    append("dense.bin", block.dense)
+    append("labels.bin", block.labels)
+    append("weight.bin", block.weight)
+    append("group.bin", block.group)
+    for i, column in enumerate(encoder.layout.sequences):
+        values, lengths = block.sequences[column.name]
+        offsets = ends[i] + np.cumsum(lengths, dtype=np.int64)
+        append(f"values-{i}.bin", values)
+        append(f"offsets-{i}.bin", offsets)
+        ends[i] = int(offsets[-1])
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
+    expected = entry["rows"] * int(np.prod(entry["row_shape"], dtype=np.int64)) * np.dtype(entry["dtype"]).itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes; expected {expected}"
+        raise DataError(f"store file {path} {found}: the store is damaged; prepare it again")
+    if verify:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            raise DataError(
+                f"store file {path}: its checksum differs from the manifest; the store is damaged: prepare it again"
+            )
+
+
+def _check_sources(folder: Path, split: str, sources: list[dict[str, Any]]) -> None:
+    for entry in sources:
+        raw = Path(entry["path"])
+        if raw.is_file() and [raw.stat().st_size, raw.stat().st_mtime_ns] != [entry["bytes"], entry["mtime_ns"]]:
+            raise DataError(
+                f"store {folder} is stale: {raw}, from which its {split} rows came, has changed since; prepare it again"
+            )
+
+
+def _difference(wanted: Schema, found: Schema) -> str:
+    a, b = ({f.name: f for f in s.fields} for s in (wanted, found))
+    changed = [n for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n)]
+    return f"fields that differ: {', '.join(changed[:5])}" if changed else "its labels, group, time, weight or order differ"

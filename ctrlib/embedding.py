@@ -1,0 +1,265 @@
+"""FeatureEmbedding: ``Batch → [B, F, D]``, one lookup for all fields of one width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctrlib.batch import Batch, Ragged
+from ctrlib.config import Component, ConfigError, fraction, positive
+from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, BatchLayout, FieldLayout, SequenceColumn, SparseColumn, suggest
+
+
+class FeatureEmbedding(Component, nn.Module):
+    """Every field as one token of width D. Shape: Batch → [B, F, D].
+
+    * sparse field: the row of its value, e_i = V_i x_i;
+    * number: e = x·v with one learned vector v per field (AutoInt, arXiv:1810.11921); a missing number has a vector of its own;
+    * piecewise number: e = Σ_t clamp(p − t, 0, 1)·w_t + b over the bins t, p the position among them (arXiv:2203.05556);
+    * sequence: mean, sum or max of the rows of its values; an empty one is a zero vector.
+
+    All vocabularies of one width share one table, in which each owns a range of rows. Padding (id 0) is a zero vector and never
+    trained. Token order: sparse fields, numbers, piecewise numbers, sequences; :attr:`out` has the names.
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Component.Config):
+        """
+        Args:
+            dim: D.
+            dims: width of single vocabularies, by table name; their tokens are projected to D.
+            fields: embed only these fields; ``None``: all.
+            frozen: vocabularies whose rows are not trained (pretrained vectors).
+            init_std: rows start as N(0, init_std²).
+            dropout: of token coordinates, in training.
+            token_dropout: chance that an id is replaced by OOV in training, so that the OOV row learns.
+        """
+
+        dim: int = 16
+        dims: Mapping[str, int] = field(default_factory=dict)
+        fields: tuple[str, ...] | None = None
+        frozen: tuple[str, ...] = ()
+        init_std: float = 0.01
+        dropout: float = 0.0
+        token_dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            positive("embedding.dim", self.dim, *self.dims.values())
+            fraction("embedding.dropout", self.dropout)
+            fraction("embedding.token_dropout", self.token_dropout)
+
+    def __init__(self, config: Config, layout: BatchLayout) -> None:
+        super().__init__()
+        self.config = config
+        wanted = layout.names if config.fields is None else config.fields
+        for name in wanted:
+            if name not in layout.names:
+                raise ConfigError(f"the embedding reads field {name!r}, which the data lacks{suggest(name, layout.names)}")
+        sparse = [(i, c) for i, c in enumerate(layout.sparse) if c.name in wanted]
+        sequences = [c for c in layout.sequences if c.name in wanted]
+        vocabularies = {c.table: c.vocab_size for _, c in sparse} | {c.table: c.vocab_size for c in sequences}
+        for name in (*config.dims, *config.frozen):
+            if config.fields is None and name not in vocabularies:
+                raise ConfigError(f"embedding.dims or .frozen names vocabulary {name!r}{suggest(name, vocabularies)}")
+
+        # Frozen vocabularies get a table each; the others one per width.
+        shared: dict[tuple[int, str], dict[str, int]] = {}
+        for name, size in vocabularies.items():
+            key = (config.dims.get(name, config.dim), name if name in config.frozen else "")
+            shared.setdefault(key, {})[name] = size
+        self.tables = nn.ModuleList(
+            _Table(width, sizes, sparse, len(layout.sparse), sequences, config, trained=not frozen)
+            for (width, frozen), sizes in shared.items()
+        )
+        numbers = [(i, c) for i, c in enumerate(layout.dense) if c.name in wanted]
+        scalars = [(i, c) for i, c in numbers if c.num_bins == 0]
+        piecewise = [(i, c) for i, c in numbers if c.num_bins > 0]
+        self.scalars = _Scalars([i for i, _ in scalars], [c.missing for _, c in scalars], config) if scalars else None
+        self.piecewise = (
+            _Piecewise([i for i, _ in piecewise], [c.num_bins for _, c in piecewise], [c.missing for _, c in piecewise], config)
+            if piecewise
+            else None
+        )
+        names = [name for table in self._tables for name in table.sparse_names]
+        names += [c.name for _, c in (*scalars, *piecewise)]
+        names += [c.name for table in self._tables for c in table.sequences]
+        self.out = FieldLayout(tuple(names), config.dim)
+
+    @property
+    def _tables(self) -> list[_Table]:
+        return [cast(_Table, table) for table in self.tables]
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = [t for table in self._tables if (t := table(batch.sparse)) is not None]
+        tokens += [numbers(batch.dense) for numbers in (self.scalars, self.piecewise) if numbers is not None]
+        tokens += [t for table in self._tables for t in table.pool(batch.sequences)]
+        x_BFD = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        return F.dropout(x_BFD, self.config.dropout, self.training)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return cast(Tensor, super().__call__(batch))
+
+    def load_pretrained(self, table: str, ids: npt.NDArray[np.int32], vectors: npt.NDArray[np.float32]) -> None:
+        """Copy vectors into rows of one vocabulary.
+
+        Args:
+            table: its name (the field's, or that of the field it shares with).
+            ids: [N] from :meth:`ctrlib.data.encoder.Encoder.ids`; padding and OOV among them are skipped.
+            vectors: [N, width]; the width is ``dims[table]`` if given, else D.
+
+        Raises:
+            ConfigError: no such vocabulary, or vectors of another shape.
+        """
+        for owner in self._tables:
+            if table in owner.first_row:
+                width = owner.rows.embedding_dim
+                if vectors.shape != (len(ids), width):
+                    raise ConfigError(
+                        f"pretrained vectors of {table!r} have shape {vectors.shape}; expected ({len(ids)}, {width}): "
+                        f"set embedding.dims.{table}={vectors.shape[-1]}"
+                    )
+                known = ids >= FIRST_VALUE_ID
+                rows = torch.from_numpy(ids[known].astype(np.int64)) + owner.first_row[table]
+                with torch.no_grad():
+                    owner.rows.weight[rows] = torch.from_numpy(vectors[known]).to(owner.rows.weight)
+                return
+        known_tables = [name for owner in self._tables for name in owner.first_row]
+        raise ConfigError(f"the embedding has no vocabulary {table!r}{suggest(table, known_tables)}")
+
+
+class _Table(nn.Module):
+    """The rows of some vocabularies of one width, one after another; tokens are projected if the width is not D."""
+
+    def __init__(
+        self,
+        width: int,
+        sizes: Mapping[str, int],
+        sparse: Sequence[tuple[int, SparseColumn]],
+        num_columns: int,
+        sequences: Sequence[SequenceColumn],
+        config: FeatureEmbedding.Config,
+        *,
+        trained: bool,
+    ) -> None:
+        super().__init__()
+        self.first_row = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        self.token_dropout = config.token_dropout
+        # Row 0 is the padding row of all: the ids 0 of other ranges are sent there, so their own rows 0 are never read.
+        self.rows = nn.Embedding(sum(sizes.values()), width, padding_idx=0)
+        with torch.no_grad():
+            self.rows.weight.normal_(0, config.init_std) if trained else self.rows.weight.zero_()
+            self.rows.weight[list(self.first_row.values())] = 0
+        self.rows.weight.requires_grad_(trained)
+        mine = [(i, c) for i, c in sparse if c.table in sizes]
+        self.sparse_names = [c.name for _, c in mine]
+        self.sequences = [c for c in sequences if c.table in sizes]
+        columns, offsets = [i for i, _ in mine], [self.first_row[c.table] for _, c in mine]
+        self.all_columns = columns == list(range(num_columns))
+        self.columns: Tensor
+        self.offsets: Tensor
+        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+        self.register_buffer("offsets", torch.tensor(offsets, dtype=torch.int32), persistent=False)
+        count = len(mine) + len(self.sequences)
+        self.projection = None if width == config.dim else nn.Parameter(torch.empty(count, width, config.dim))
+        if self.projection is not None:
+            for matrix in self.projection:
+                nn.init.xavier_normal_(matrix)
+
+    def forward(self, ids_BF: Tensor) -> Tensor | None:
+        if not self.sparse_names:
+            return None
+        if not self.all_columns:
+            ids_BF = ids_BF.index_select(1, self.columns)
+        x_BFD = F.embedding(self._global(ids_BF, self.offsets), self.rows.weight, padding_idx=0)
+        if self.projection is None:
+            return x_BFD
+        return torch.einsum("bfw,fwd->bfd", x_BFD, self.projection[: len(self.sparse_names)])
+
+    def pool(self, sequences: Mapping[str, Ragged]) -> list[Tensor]:
+        """One [B, 1, D] token per sequence."""
+        tokens = []
+        for i, column in enumerate(self.sequences):
+            ragged = sequences[column.name]
+            rows = self._global(ragged.values, self.first_row[column.table])
+            pooled = F.embedding_bag(
+                rows, self.rows.weight, ragged.offsets, mode=column.pooling, include_last_offset=True, padding_idx=0
+            )
+            if self.projection is not None:
+                pooled = pooled @ self.projection[len(self.sparse_names) + i]
+            tokens.append(pooled.unsqueeze(1))
+        return tokens
+
+    def _global(self, ids: Tensor, offsets: Tensor | int) -> Tensor:
+        """Row numbers in this table; padding of every vocabulary goes to row 0."""
+        if self.training and self.token_dropout > 0:
+            dropped = (torch.rand(ids.shape, device=ids.device) < self.token_dropout) & (ids > 0)
+            ids = torch.where(dropped, OOV_ID, ids)
+        return (ids + offsets) * (ids > 0)
+
+
+class _Missing(nn.Module):
+    """A learned vector for a missing number, for those of F columns that had missing values in training."""
+
+    def __init__(self, missing: Sequence[bool], config: FeatureEmbedding.Config) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(sum(missing), config.dim) * config.init_std)
+        self.at: Tensor
+        self.register_buffer("at", torch.tensor([i for i, m in enumerate(missing) if m], dtype=torch.int64), persistent=False)
+
+    def forward(self, token_BFD: Tensor, gone_BF: Tensor) -> Tensor:
+        extra_BMD = gone_BF.index_select(1, self.at).unsqueeze(-1) * self.vectors
+        return token_BFD.index_add(1, self.at, extra_BMD.to(token_BFD.dtype))
+
+
+class _Scalars(nn.Module):
+    """x·v per column; columns whose training rows had no missing value read a missing one as 0."""
+
+    def __init__(self, columns: Sequence[int], missing: Sequence[bool], config: FeatureEmbedding.Config) -> None:
+        super().__init__()
+        self.columns: Tensor
+        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+        self.vectors = nn.Parameter(torch.randn(len(columns), config.dim) * config.init_std)
+        self.missing = _Missing(missing, config) if any(missing) else None
+
+    def forward(self, dense: Tensor) -> Tensor:
+        x_BF = dense.index_select(1, self.columns)
+        gone_BF = torch.isnan(x_BF)
+        token_BFD = torch.where(gone_BF, 0.0, x_BF).unsqueeze(-1) * self.vectors
+        return token_BFD if self.missing is None else cast(Tensor, self.missing(token_BFD, gone_BF))
+
+
+class _Piecewise(nn.Module):
+    """Piecewise-linear encoding: bin t contributes the covered share of it, clamp(p − t, 0, 1), times w_t; plus a bias."""
+
+    def __init__(
+        self, columns: Sequence[int], bins: Sequence[int], missing: Sequence[bool], config: FeatureEmbedding.Config
+    ) -> None:
+        super().__init__()
+        self.columns: Tensor
+        self.starts: Tensor
+        self.owner: Tensor
+        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
+        starts = torch.cat([torch.arange(n, dtype=torch.float32) for n in bins])
+        owner = torch.repeat_interleave(torch.arange(len(bins)), torch.tensor(bins))
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("owner", owner, persistent=False)
+        self.weight = nn.Parameter(torch.randn(len(starts), config.dim) * config.init_std)
+        self.bias = nn.Parameter(torch.zeros(len(columns), config.dim))
+        self.missing = _Missing(missing, config) if any(missing) else None
+
+    def forward(self, dense: Tensor) -> Tensor:
+        position_BF = dense.index_select(1, self.columns)
+        gone_BF = torch.isnan(position_BF)
+        position_BF = torch.where(gone_BF, 0.0, position_BF)
+        covered_BT = (position_BF.index_select(1, self.owner) - self.starts).clamp(0, 1)
+        terms_BTD = covered_BT.unsqueeze(-1) * self.weight
+        bias_BFD = self.bias.expand(dense.shape[0], -1, -1)
+        token_BFD = bias_BFD.index_add(1, self.owner, terms_BTD)
+        return token_BFD if self.missing is None else cast(Tensor, self.missing(token_BFD, gone_BF))

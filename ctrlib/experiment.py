@@ -1,0 +1,397 @@
+"""A whole run as one call: raw data → split → encoder → store → model → best weights → metrics → artifact.
+
+Every command of ``ctrlib`` is one function here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import resource
+import runpy
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ctrlib import artifact
+from ctrlib.config import ConfigError, override, positive, to_json
+from ctrlib.data.encoder import Encoder
+from ctrlib.data.loader import Loader
+from ctrlib.data.source import Source, open_source
+from ctrlib.data.split import SplitBy, split_rows
+from ctrlib.data.store import Store
+from ctrlib.metrics import by_segment
+from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.presets import COMPONENTS, preset
+from ctrlib.schema import DataError, Schema
+from ctrlib.training import FitConfig, evaluate, fit, predict, seed_everything
+
+_log = logging.getLogger("ctrlib")
+
+SHARES: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run besides the data.
+
+    Args:
+        model: see :mod:`ctrlib.models.presets`.
+        fit: see :class:`~ctrlib.training.FitConfig`.
+        batch_size: training rows a step.
+        device: ``auto`` takes a CUDA GPU where there is one.
+        workers: threads that prepare batches; the batches do not depend on it.
+    """
+
+    model: ModelComponent.Config
+    fit: FitConfig = field(default_factory=FitConfig)
+    batch_size: int = 4096
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        positive("batch_size", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How raw data becomes a store.
+
+    Args:
+        label: the label column(s); needed where there is no schema.
+        schema: a file or a :class:`~ctrlib.schema.Schema`; ``None``: inferred.
+        valid, test: raw files of those rows; ``None``: cut from the data.
+        split: how they are cut, see :func:`~ctrlib.data.split.split_rows`.
+        shares: of training, validation and test rows, where they are cut.
+        group, time, weight: columns, for an inferred schema.
+        seed: of a random split.
+    """
+
+    label: str | tuple[str, ...] | None = None
+    schema: str | Path | Schema | None = None
+    valid: object = None
+    test: object = None
+    split: SplitBy = "auto"
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
+    group: str | None = None
+    time: str | None = None
+    weight: str | None = None
+    seed: int = 0
+
+
+def resolve_schema(table: Source, options: DataOptions) -> Schema:
+    """The given schema with the options' labels and roles, or an inferred one.
+
+    Raises:
+        DataError: neither a schema nor a label, or columns that the table lacks.
+    """
+    labels = (options.label,) if isinstance(options.label, str) else options.label
+    roles = {role: value for role in ("group", "time", "weight") if (value := getattr(options, role)) is not None}
+    if options.schema is None:
+        if not labels:
+            raise DataError(f"which column of {table.name} is the label? name it (--label) or give a schema (--schema)")
+        schema = Schema.infer(table, labels, **roles)
+        for name, reason in schema.ignored.items():
+            _log.info("column %r is not used: %s", name, reason)
+    else:
+        schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
+        schema = replace(schema, labels=labels or schema.labels, **roles)
+    table.require(schema.labels, ", named as label")
+    return schema
+
+
+def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
+    """Split, fit the encoder on the training rows, and encode everything once.
+
+    Args:
+        data: the training rows, or all rows where ``valid`` or ``test`` are to be cut from them.
+        out: folder of the new store.
+        options: see :class:`DataOptions`.
+
+    Raises:
+        DataError: see :func:`resolve_schema`, :meth:`.Encoder.fit` and :meth:`.Store.create`.
+    """
+    if Path(out).exists():
+        raise DataError(f"{out} exists already; choose another folder or remove it")
+    table = open_source(data, "the table")
+    schema = resolve_schema(table, options)
+    given = {name: open_source(raw) for name, raw in (("valid", options.valid), ("test", options.test)) if raw is not None}
+    # With validation rows but no test rows given, every row of the data is for training.
+    cut = ["train"] if "valid" in given else [name for name in SHARES if name not in given]
+    parts = {"train": table}
+    if len(cut) > 1:
+        total = sum(options.shares[name] for name in cut)
+        shares = {name: options.shares[name] / total for name in cut}
+        parts = split_rows(table, shares, by=options.split, time=schema.time, seed=options.seed)
+    encoder = Encoder.fit(schema, parts["train"])
+    return Store.create(out, encoder, {**parts, **given})
+
+
+def configure(
+    model: str, flavour: str = "paper", options: Mapping[str, str] | None = None, epochs: int | None = None
+) -> RunConfig:
+    """The run of a preset with options set by dotted path.
+
+    Args:
+        model: a name in :data:`~ctrlib.models.presets.PRESETS`.
+        flavour: ``paper``, ``fuxictr`` or ``official``.
+        options: e.g. ``{"model.interaction.num_layers": "4", "fit.optimizer.learning_rate": "3e-4"}``.
+        epochs: at most this many.
+
+    Raises:
+        ConfigError: an unknown model, flavour or option; names the nearest.
+    """
+    config = override(RunConfig(model=preset(model, flavour)), options or {}, COMPONENTS)
+    return config if epochs is None else replace(config, fit=replace(config.fit, epochs=epochs))
+
+
+def train(
+    data: object,
+    config: RunConfig,
+    out: str | Path,
+    options: DataOptions | None = None,
+    *,
+    name: str = "model",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train, evaluate and save one model.
+
+    Args:
+        data: raw rows, see :func:`prepare`, or the folder of a store (or a :class:`~ctrlib.data.store.Store`).
+        config: see :func:`configure`.
+        out: folder of the new run: ``artifact/``, ``config.json``, ``history.jsonl``, ``metrics.json``.
+        options: see :class:`DataOptions`; of a store, only ``schema`` is looked at.
+        name: of the model, for the report.
+        seed: of initial weights, dropout and the order of rows.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        DataError, ConfigError: see the functions above. Nothing is left at ``out``.
+    """
+    target, options = Path(out), options or DataOptions()
+    part = _claim(target)
+    try:
+        report = _train(data, config, part, options, name, seed)
+        part.rename(target)
+    except (DataError, ConfigError):
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return report
+
+
+def _claim(target: Path) -> Path:
+    """The folder in which a run is written until it is whole."""
+    if target.exists():
+        raise DataError(f"{target} exists already; choose another folder for the run, or remove it")
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder for the run") from error
+    return part
+
+
+def _train(data: object, config: RunConfig, part: Path, options: DataOptions, name: str, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    store = _open(data, part / "store", options)
+    if "train" not in store.rows:
+        raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
+    encoder, labels = store.encoder, store.encoder.schema.labels
+    _write_json(part / "config.json", {"model": name, "seed": seed, **to_json(config)})
+
+    seed_everything(seed)
+    model = build_model(config.model, encoder.layout).to(_device(config.device))
+    loaders = {
+        split: Loader(store.split(split), max(config.batch_size, 8192), workers=config.workers)
+        for split in ("valid", "test")
+        if split in store.rows
+    }
+    rows = Loader(store.split("train"), config.batch_size, shuffle=True, seed=seed, workers=config.workers)
+    result = fit(model, rows, loaders.get("valid"), config.fit, out=part, title=name, label_names=labels)
+
+    report: dict[str, Any] = {
+        "model": name,
+        "seed": seed,
+        "rows": dict(store.rows),
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "interrupted": result.interrupted,
+        # the test rows are read here for the first time, once, with the weights that validation chose
+        **{split: evaluate(model, loader, label_names=labels) for split, loader in loaders.items()},
+        "rows_per_second": result.rows_per_second,
+        "seconds": time.perf_counter() - started,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    artifact.save(part / "artifact", encoder, model, config.model)
+    _write_json(part / "metrics.json", report)
+    (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
+    shutil.rmtree(part / "store", ignore_errors=True)
+    return report
+
+
+def _open(data: object, scratch: Path, options: DataOptions) -> Store:
+    if isinstance(data, Store):
+        return data
+    if isinstance(data, str | Path) and Store.is_store(data):
+        schema = Schema.load(options.schema) if isinstance(options.schema, str | Path) else options.schema
+        return Store.open(data, schema=schema)
+    return prepare(data, scratch, options)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but this torch sees no CUDA GPU; set device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dict[str, Any]:
+    """Metrics of a saved model on raw rows or on the test rows of a store.
+
+    Args:
+        run: a run or artifact folder.
+        data: rows with labels, or a store made by the same encoder.
+        by: a column; adds ``"segments"``, one entry per value (deciles of a number with over 50 values).
+
+    Raises:
+        DataError: the data lacks a column, or the store was made by another encoder.
+    """
+    loaded = artifact.load(run)
+    labels = loaded.schema.labels
+    if isinstance(data, str | Path) and Store.is_store(data):
+        store = Store.open(data)
+        if store.encoder.hash != loaded.encoder.hash:
+            raise DataError(f"store {data} was made by another encoder than the model's; evaluate on raw rows instead")
+        if by is not None:
+            raise DataError("a store holds ids, not raw values; evaluate on raw rows to see segments (--by)")
+        return evaluate(loaded.model, Loader(store.split("test"), 8192), label_names=labels)
+    table = open_source(data, "the table")
+    if table.num_rows == 0:
+        raise DataError(f"{table.name} has no rows; expected at least one")
+    if by is not None:
+        table.require([by], ", by which to segment")
+    report = evaluate(loaded.model, loaded.batches(table, labels=True), label_names=labels)
+    if by is not None:
+        if len(labels) > 1:
+            raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
+        seen = predict(loaded.model, loaded.batches(table, labels=True))
+        assert seen.labels is not None
+        report["segments"] = by_segment(_segments(table, by), seen.labels, seen.probability, weight=seen.weight)
+    return report
+
+
+def _segments(table: Source, by: str) -> Any:
+    values = table.column(by)
+    if isinstance(values, pa.DictionaryArray):
+        values = values.dictionary_decode()
+    raw = np.array(values.to_pylist(), dtype=object)
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)) or len(set(raw)) <= 50:
+        return raw
+    present = np.array([v for v in raw if v is not None and v == v], dtype=np.float64)
+    edges = np.unique(np.quantile(present, np.linspace(0, 1, 11)))
+    names = [f"[{low:.6g}, {high:.6g})" for low, high in itertools.pairwise(edges)]
+    names[-1] = names[-1][:-1] + "]"
+    at = np.searchsorted(edges[1:-1], [v if v is not None else np.nan for v in raw], side="right")
+    return np.array([None if v is None or v != v else names[i] for v, i in zip(raw, at, strict=True)], dtype=object)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A published result to reproduce; an experiment file defines ``experiment() -> Experiment``.
+
+    Args:
+        name: e.g. ``frappe/final_mlp``.
+        config: the whole run.
+        data: makes (or finds) a folder with ``train.parquet``, ``valid.parquet``, ``test.parquet`` and ``schema.json``.
+        published: metrics of the publication, by our names.
+        note: what differs from the publication.
+    """
+
+    name: str
+    config: RunConfig
+    data: Callable[[], Path]
+    published: Mapping[str, float]
+    note: str = ""
+
+
+def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_seed: int = 2021) -> dict[str, Any]:
+    """Run an experiment file over several seeds.
+
+    Args:
+        file: a Python file with ``experiment() -> Experiment``.
+        out: folder of the runs, ``seed-2021/`` and so on, and of ``results.json``: every run's metrics, mean and standard
+            deviation of the test metrics, and the published ones.
+        seeds: how many; ``first_seed`` and those after it. Finished runs found at ``out`` are kept.
+
+    Raises:
+        DataError: no such file, or it defines no experiment.
+    """
+    path, target = Path(file).resolve(), Path(out)
+    if not path.is_file():
+        raise DataError(f"{file}: no such experiment file")
+    if seeds < 1:
+        raise DataError(f"seeds is {seeds}; expected 1 or more")
+    root = next((p for p in path.parents if p.name == "experiments"), path.parent).parent
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))  # experiment files import what they share
+    make = runpy.run_path(str(path)).get("experiment")
+    if make is None:
+        raise DataError(f"{file} defines no function experiment() -> ctrlib.experiment.Experiment")
+    experiment: Experiment = make()
+    store_path = target / "store"
+    if not Store.is_store(store_path):
+        folder = experiment.data()
+        options = DataOptions(
+            schema=folder / "schema.json", valid=str(folder / "valid.parquet"), test=str(folder / "test.parquet")
+        )
+        target.mkdir(parents=True, exist_ok=True)
+        prepare(str(folder / "train.parquet"), store_path, options)
+    store = Store.open(store_path)
+    runs: list[dict[str, Any]] = []
+    for seed in range(first_seed, first_seed + seeds):
+        folder = target / f"seed-{seed}"
+        if (folder / "metrics.json").is_file():
+            runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        else:
+            runs.append(train(store, experiment.config, folder, name=experiment.name, seed=seed))
+        _log.info(
+            "%s seed %d: test auc %.6f, log_loss %.6f",
+            experiment.name,
+            seed,
+            runs[-1]["test"]["auc"],
+            runs[-1]["test"]["log_loss"],
+        )
+    results = {
+        "experiment": experiment.name,
+        "note": experiment.note,
+        "published": dict(experiment.published),
+        "test": {metric: _mean_std([run["test"][metric] for run in runs]) for metric in ("auc", "log_loss")},
+        "valid": {metric: _mean_std([run["valid"][metric] for run in runs]) for metric in ("auc", "log_loss")},
+        "config": to_json(experiment.config),
+        "runs": runs,
+    }
+    _write_json(target / "results.json", results)
+    return results
+
+
+def _mean_std(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else float("nan")}
+
+
+def _write_json(path: Path, data: object) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,131 @@
+"""CTRModel = embedding → interaction → head (+ optional first-order weights). Most models are one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+from ctrlib.batch import Batch, Output
+from ctrlib.config import Component, ConfigError
+from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.linear import FirstOrder
+from ctrlib.interactions.mlp import MLP
+from ctrlib.schema import BatchLayout, FieldLayout
+
+WeightInit = Literal["torch", "xavier_normal", "xavier_uniform"]
+
+
+class ModelComponent(Component, nn.Module):
+    """A model, built from a config and a :class:`~ctrlib.schema.BatchLayout`. Batch → Output(logits [B] or [B, T])."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Component.Config):
+        """
+        Args:
+            embedding: the shared feature embedding.
+            weight_init: of every linear layer; biases then start at 0. ``torch`` leaves the framework's own.
+        """
+
+        embedding: FeatureEmbedding.Config = field(default_factory=FeatureEmbedding.Config)
+        weight_init: WeightInit = "torch"
+
+    embedding: FeatureEmbedding
+
+    def __call__(self, batch: Batch) -> Output:
+        return cast(Output, super().__call__(batch))
+
+
+def build_model(config: ModelComponent.Config, layout: BatchLayout) -> ModelComponent:
+    """The model that ``config`` describes, for batches of this layout."""
+    return cast(ModelComponent, config.component(config, layout))
+
+
+def initialize(module: nn.Module, scheme: WeightInit) -> None:
+    """Initialise every ``nn.Linear`` inside ``module``; see :class:`ModelComponent`."""
+    if scheme == "torch":
+        return
+    init = nn.init.xavier_normal_ if scheme == "xavier_normal" else nn.init.xavier_uniform_
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            init(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class Head(Component, nn.Module):
+    """Flatten and one linear layer. Shape: [B, F, D] → logits [B, T]."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Component.Config):
+        """
+        Args:
+            bias: add a learned constant.
+        """
+
+        bias: bool = True
+
+    def __init__(self, config: Config, layout: FieldLayout, num_tasks: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(layout.width, num_tasks, bias=config.bias)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x_BFD.flatten(1)))
+
+
+class CTRModel(ModelComponent):
+    """logits = head(interaction(embedding(batch))) [+ Σ_i w_i + b over a table of width 1]."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(ModelComponent.Config):
+        """
+        Args:
+            interaction: the block between embedding and head.
+            head: ``None`` says that the interaction already returns one logit.
+            first_order: add the first-order term of LR/FM/Wide&Deep, with weights of its own.
+        """
+
+        interaction: Interaction.Config = field(default_factory=MLP.Config)
+        head: Head.Config | None = field(default_factory=Head.Config)
+        first_order: FirstOrder.Config | None = None
+
+    def __init__(self, config: Config, layout: BatchLayout) -> None:
+        super().__init__()
+        self.config = config
+        num_tasks = len(layout.labels)
+        self.embedding = FeatureEmbedding(config.embedding, layout)
+        self.interaction = build(config.interaction, self.embedding.out)
+        out = self.interaction.out
+        if config.head is None and out.width != 1:
+            raise ConfigError(
+                f"head is None, so the interaction must return one logit; {config.interaction.component.__name__} returns "
+                f"{out.num_fields} fields of width {out.dim}: give a head, or end with a block of one output"
+            )
+        if num_tasks > 1 and (config.head is None or config.first_order is not None):
+            raise ConfigError(
+                f"the data has {num_tasks} labels ({', '.join(layout.labels)}), but this model returns one logit; choose a "
+                "model with a head and no first-order term (dnn, dcn, dcnv2, autoint), or one label"
+            )
+        self.head = None if config.head is None else Head(config.head, out, num_tasks)
+        self.first_order: nn.ModuleList | None = None
+        if config.first_order is not None:
+            wide = FeatureEmbedding(
+                FeatureEmbedding.Config(dim=1, fields=config.embedding.fields, init_std=config.embedding.init_std), layout
+            )
+            self.first_order = nn.ModuleList([wide, build(config.first_order, wide.out)])
+        initialize(self, config.weight_init)
+
+    def net(self, x_BFD: Tensor) -> Tensor:
+        """Tokens → logits [B] or [B, T], without the first-order term: the part that is exported for serving."""
+        y_BFD = self.interaction(x_BFD)
+        logits = y_BFD.flatten(1) if self.head is None else cast(Tensor, self.head(y_BFD))
+        return logits.squeeze(1) if logits.shape[1] == 1 else logits
+
+    def forward(self, batch: Batch) -> Output:
+        logits = self.net(self.embedding(batch))
+        if self.first_order is not None:
+            wide, total = self.first_order
+            logits = logits + total(wide(batch)).flatten()
+        return Output(logits)

@@ -1,0 +1,26 @@
+"""Wide & Deep on Frappe_x1 with the settings of BARS."""
+
+from __future__ import annotations
+
+from ctrlib.experiment import Experiment
+from ctrlib.interactions.linear import FirstOrder
+from ctrlib.interactions.mlp import MLP
+from ctrlib.models.ctr import CTRModel
+from experiments.frappe.common import EMBEDDING, frappe
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    model = CTRModel.Config(
+        embedding=EMBEDDING,
+        weight_init="xavier_normal",
+        interaction=MLP.Config(hidden_units=(400, 400, 400), norm="batch", dropout=0.6, output_dim=1),
+        head=None,
+        first_order=FirstOrder.Config(bias=False),
+    )
+    return frappe(
+        "wide_deep",
+        model,
+        embedding_l2=0.1,
+        published={"auc": 0.984124, "log_loss": 0.148974, "parameters": 423280},
+    )

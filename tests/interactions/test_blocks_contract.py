@@ -1,0 +1,135 @@
+"""What holds for every interaction block, one configuration each (two where a switch changes the code path)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrlib.config import Component, from_json, to_json
+from ctrlib.interactions.autoint import AutoInt
+from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.compose import Parallel, Stack
+from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.fm import FM
+from ctrlib.interactions.linear import FirstOrder, Linear
+from ctrlib.interactions.mlp import MLP
+from ctrlib.schema import FieldLayout
+
+LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
+TABLE: dict[str, type[Component]] = {
+    block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
+}
+# No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
+SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
+CONFIGS: dict[str, Interaction.Config] = {
+    "mlp": MLP.Config(hidden_units=(16, 8), output_dim=3, activation="gelu", norm="batch", dropout=0.2),
+    "linear": Linear.Config(output_dim=2),
+    "first_order": FirstOrder.Config(),
+    "fm": FM.Config(),
+    "cross_net": CrossNet.Config(),
+    "cross_net_v2": CrossNetV2.Config(),
+    "cross_net_v2_low_rank": CrossNetV2.Config(rank=2),
+    "autoint": AutoInt.Config(num_layers=2, head_dim=4, attention_dropout=0.2),
+    "autoint_official": AutoInt.Config(
+        num_layers=2, head_dim=4, bias=True, projection_activation="relu", scale=True, norm="after_relu", norm_eps=1e-8
+    ),
+    "autoint_fuxictr": AutoInt.Config(num_layers=2, head_dim=4, residual="linear_if_needed", norm="before_relu"),
+    "stack": Stack.Config(blocks=(AutoInt.Config(num_layers=1, head_dim=4), MLP.Config(hidden_units=(8,)))),
+    "parallel_sum": Parallel.Config(streams=(FM.Config(), MLP.Config(hidden_units=(8, 1), activation="tanh"))),
+    "parallel_concat": Parallel.Config(streams=(CrossNet.Config(), AutoInt.Config(head_dim=4)), fusion="concat"),
+    "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
+    "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
+    "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+}
+every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def make(config: Interaction.Config) -> Interaction:
+    torch.manual_seed(1)
+    return build(config, LAYOUT).eval()
+
+
+def rows(count: int) -> Tensor:
+    return torch.randn(count, LAYOUT.num_fields, LAYOUT.dim, generator=torch.Generator().manual_seed(count))
+
+
+@every_block
+def test_out_describes_the_output(config: Interaction.Config) -> None:
+    block = make(config)
+    assert block(rows(7)).shape == (7, block.out.num_fields, block.out.dim)
+    assert all(name for name in block.out.names)
+    assert len(set(block.out.names)) == block.out.num_fields
+
+
+@every_block
+def test_every_parameter_gets_a_gradient(config: Interaction.Config) -> None:
+    block = make(config)  # in eval mode, where a bias before batch norm has an effect
+    for p in block.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))  # what starts at zero may hold back its neighbour's first gradient
+    block(rows(64).requires_grad_()).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert [name for name, p in block.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@every_block
+def test_rows_do_not_see_each_other(config: Interaction.Config) -> None:
+    x_BFD = rows(5).requires_grad_()
+    make(config)(x_BFD)[2].sum().backward()  # type: ignore[no-untyped-call]
+    assert x_BFD.grad is not None
+    assert x_BFD.grad[2].any()
+    assert not x_BFD.grad[[0, 1, 3, 4]].any()
+
+
+@every_block
+def test_batch_of_one_and_odd_batches(config: Interaction.Config) -> None:
+    block, x_BFD = make(config), rows(7)
+    expected = block(x_BFD)
+    torch.testing.assert_close(torch.cat([block(x_BFD[i : i + 1]) for i in range(7)]), expected)
+    torch.testing.assert_close(block(x_BFD[:3]), expected[:3])
+
+
+@every_block
+def test_state_dict_round_trip_is_exact(config: Interaction.Config) -> None:
+    block = make(config)
+    block.train()(rows(8))  # moves the batch norm statistics
+    block.eval()
+    torch.manual_seed(2)
+    other = build(config, LAYOUT).eval()
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(other(rows(5)), block(rows(5)))
+
+
+@every_block
+def test_config_survives_json(config: Interaction.Config) -> None:
+    assert from_json(json.loads(json.dumps(to_json(config))), Interaction.Config, TABLE) == config
+
+
+@every_block
+def test_export_with_any_number_of_rows(config: Interaction.Config) -> None:
+    block = make(config)
+    exported = torch.export.export(block, (rows(4),), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    for count in (2, 9):
+        torch.testing.assert_close(exported(rows(count)), block(rows(count)))
+
+
+@every_block
+def test_compiles_to_one_graph(config: Interaction.Config) -> None:
+    torch.compiler.reset()  # blocks share a __call__, and only so many compiled versions of one function are kept
+    block = make(config)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(rows(5)), block(rows(5)))
+
+
+@every_block
+def test_bf16_autocast(config: Interaction.Config) -> None:
+    block = make(config).train()
+    x_BFD = rows(32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x_BFD).float().sum().backward()  # type: ignore[no-untyped-call]
+        y_BFD = block.eval()(x_BFD)
+    assert x_BFD.grad is not None
+    assert x_BFD.grad.isfinite().all()
+    expected = block(x_BFD)
+    assert (y_BFD.float() - expected).abs().max() <= 0.05 * expected.abs().max()
