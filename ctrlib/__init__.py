@@ -1,0 +1,86 @@
+"""ctrlib: click-through-rate modelling in PyTorch.
+
+The public names load what they need on first use, so ``import ctrlib`` imports neither torch nor polars.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctrlib.artifact import Artifact, load, save
+    from ctrlib.batch import Batch, Output
+    from ctrlib.config import ConfigError
+    from ctrlib.cpu import tune_cpu
+    from ctrlib.data.encoder import Encoder
+    from ctrlib.data.loader import Loader
+    from ctrlib.data.store import Store
+    from ctrlib.embedding import FeatureEmbedding
+    from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
+    from ctrlib.models.ctr import CTRModel, build_model
+    from ctrlib.models.presets import PRESETS, preset
+    from ctrlib.schema import DataError, DenseField, Schema, SequenceField, SparseField
+    from ctrlib.training import FitConfig, evaluate, fit, seed_everything
+
+_MODULES = {
+    "artifact": ("Artifact", "load", "save"),
+    "batch": ("Batch", "Output"),
+    "config": ("ConfigError",),
+    "cpu": ("tune_cpu",),
+    "data.encoder": ("Encoder",),
+    "data.loader": ("Loader",),
+    "data.store": ("Store",),
+    "embedding": ("FeatureEmbedding",),
+    "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
+    "models.ctr": ("CTRModel", "build_model"),
+    "models.presets": ("PRESETS", "preset"),
+    "schema": ("DataError", "DenseField", "Schema", "SequenceField", "SparseField"),
+    "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
+}
+
+__all__ = [
+    "PRESETS",
+    "Artifact",
+    "Batch",
+    "CTRModel",
+    "ConfigError",
+    "DataError",
+    "DataOptions",
+    "DenseField",
+    "Encoder",
+    "FeatureEmbedding",
+    "FitConfig",
+    "Loader",
+    "Output",
+    "RunConfig",
+    "Schema",
+    "SequenceField",
+    "SparseField",
+    "Store",
+    "build_model",
+    "configure",
+    "demo",
+    "evaluate",
+    "evaluate_run",
+    "fit",
+    "load",
+    "prepare",
+    "preset",
+    "run_experiment",
+    "save",
+    "seed_everything",
+    "train",
+    "tune_cpu",
+]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"ctrlib.{module}"), name)
+    raise AttributeError(f"module 'ctrlib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

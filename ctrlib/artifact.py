@@ -57,7 +57,8 @@ class Artifact:
         """
         table = open_source(data)
         if table.num_rows == 0:
-            table.require([f.name for f in self.schema.fields], ", which the model reads")
+            if table.types:  # an empty list of rows has no columns to look at
+                table.require([f.name for f in self.schema.fields], ", which the model reads")
             return np.zeros((0,) if len(self.schema.labels) == 1 else (0, len(self.schema.labels)))
         return predict(self.model, self.batches(table, labels=False)).probability
 
@@ -119,19 +120,16 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
     folder = Path(path)
     if (folder / "artifact" / "artifact.json").is_file():
         folder = folder / "artifact"
-    try:
-        info = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train") from error
-    except ValueError as error:
-        raise DataError(f"{folder / 'artifact.json'} is damaged ({error}); train or copy the artifact again") from error
+    if not (folder / "artifact.json").is_file():
+        raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train")
+    info = _read_json(folder / "artifact.json")
     if info.get("format") != _FORMAT:
         raise DataError(f"artifact {folder} has format {info.get('format')}; this version reads {_FORMAT}: train it again")
     for name, digest in info["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
     encoder = Encoder.load(folder)
-    config = from_json(json.loads((folder / "model.json").read_text(encoding="utf-8")), ModelComponent.Config, table, "model")
+    config = from_json(_read_json(folder / "model.json"), ModelComponent.Config, table, "model.json")
     model = build_model(config, encoder.layout)
     if list(model.embedding.out.names) != info["fields"]:
         raise DataError(
@@ -143,6 +141,16 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
         raise DataError(f"artifact {folder}: the weights do not fit the model ({str(error).splitlines()[0]})") from error
     model.eval()
     return Artifact(encoder, config, model, info)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"artifact file {path} is missing or damaged ({error}); copy the artifact again") from error
+    if not isinstance(data, dict):
+        raise DataError(f"artifact file {path} holds a {type(data).__name__}; expected an object: copy the artifact again")
+    return data
 
 
 def _sha256(path: Path) -> str:

@@ -82,6 +82,23 @@ def _data_options(
 
 
 @app.command()
+def demo(
+    rows: Annotated[int, typer.Option(help="Rows of training, validation and test data together.")] = 300_000,
+    out: Out = Path("demo"),
+    seed: Seed = 0,
+) -> None:
+    """Make synthetic Criteo-shaped data with planted interactions, train a model on it, and compare with the truth."""
+    result = experiment.demo(out, rows=rows, seed=seed)
+    _print_report(result["run"])
+    truth, auc, linear = result["truth"]["test"], result["run"]["test"]["auc"], result["lr"]["test"]["auc"]
+    bayes, additive = truth["bayes_auc"], truth["additive_auc"]
+    print(f"test AUC: {auc:.4f}; no model can beat {bayes:.4f} (Bayes), and none without interactions {additive:.4f}")
+    gain, planted = auc - linear, bayes - additive
+    print(f"above logistic regression ({linear:.4f}): {gain:+.4f}; the planted interactions are worth {planted:+.4f}")
+    print(f"data, run and logistic regression are in {out}")
+
+
+@app.command()
 def prepare(
     data: Annotated[str, typer.Argument(help="Training rows: .parquet, .csv or .tsv file, folder or glob.")],
     out: Out,
@@ -152,7 +169,7 @@ def evaluate(
     """Print the metrics of a saved model on new rows, as JSON; with --by, a table per segment."""
     report = experiment.evaluate_run(run, data, by=by)
     segments = report.pop("segments", None)
-    print(json.dumps(report, indent=2))
+    print(json.dumps(experiment.finite(report), indent=2, ensure_ascii=False))
     if segments is not None:
         _print_segments(by or "", segments)
 

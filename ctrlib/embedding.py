@@ -51,7 +51,11 @@ class FeatureEmbedding(Component, nn.Module):
         token_dropout: float = 0.0
 
         def __post_init__(self) -> None:
-            positive("embedding.dim", self.dim, *self.dims.values())
+            positive("embedding.dim", self.dim)
+            for name, width in self.dims.items():
+                positive(f"embedding.dims.{name}", width)
+            if self.init_std < 0:
+                raise ConfigError(f"embedding.init_std is {self.init_std}; expected 0 or more")
             fraction("embedding.dropout", self.dropout)
             fraction("embedding.token_dropout", self.token_dropout)
 
@@ -65,9 +69,14 @@ class FeatureEmbedding(Component, nn.Module):
         sparse = [(i, c) for i, c in enumerate(layout.sparse) if c.name in wanted]
         sequences = [c for c in layout.sequences if c.name in wanted]
         vocabularies = {c.table: c.vocab_size for _, c in sparse} | {c.table: c.vocab_size for c in sequences}
+        known = {c.table for c in (*layout.sparse, *layout.sequences)}
         for name in (*config.dims, *config.frozen):
-            if config.fields is None and name not in vocabularies:
-                raise ConfigError(f"embedding.dims or .frozen names vocabulary {name!r}{suggest(name, vocabularies)}")
+            if name not in known:
+                raise ConfigError(
+                    f"embedding.dims or .frozen names vocabulary {name!r}, which the data lacks{suggest(name, known)}"
+                )
+        if not wanted:
+            raise ConfigError("the embedding has no field to read; expected at least one in the data and in embedding.fields")
 
         # Frozen vocabularies get a table each; the others one per width.
         shared: dict[tuple[int, str], dict[str, int]] = {}
@@ -115,15 +124,21 @@ class FeatureEmbedding(Component, nn.Module):
             vectors: [N, width]; the width is ``dims[table]`` if given, else D.
 
         Raises:
-            ConfigError: no such vocabulary, or vectors of another shape.
+            ConfigError: no such vocabulary, an id outside it, or vectors of another shape.
         """
         for owner in self._tables:
             if table in owner.first_row:
                 width = owner.rows.embedding_dim
                 if vectors.shape != (len(ids), width):
                     raise ConfigError(
-                        f"pretrained vectors of {table!r} have shape {vectors.shape}; expected ({len(ids)}, {width}): "
-                        f"set embedding.dims.{table}={vectors.shape[-1]}"
+                        f"pretrained vectors of {table!r} have shape {vectors.shape}; expected ({len(ids)}, {width}): one row "
+                        f"for every id, and embedding.dims.{table} (if unset, embedding.dim) as wide as the vectors"
+                    )
+                size = owner.sizes[table]
+                if len(ids) and not 0 <= ids.min() <= ids.max() < size:  # the next vocabulary's rows begin there
+                    raise ConfigError(
+                        f"ids given with the pretrained vectors of {table!r} run from {ids.min()} to {ids.max()}; expected "
+                        f"0 to {size - 1}: take them from the encoder that this model was built for"
                     )
                 known = ids >= FIRST_VALUE_ID
                 rows = torch.from_numpy(ids[known].astype(np.int64)) + owner.first_row[table]
@@ -149,6 +164,7 @@ class _Table(nn.Module):
         trained: bool,
     ) -> None:
         super().__init__()
+        self.sizes = sizes
         self.first_row = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         self.token_dropout = config.token_dropout
         # Row 0 is the padding row of all: the ids 0 of other ranges are sent there, so their own rows 0 are never read.
@@ -258,6 +274,7 @@ class _Piecewise(nn.Module):
         position_BF = dense.index_select(1, self.columns)
         gone_BF = torch.isnan(position_BF)
         position_BF = torch.where(gone_BF, 0.0, position_BF)
+        # NOTE[DIFF] the paper's first and last bins extrapolate; here a value outside all bins counts as the nearest edge
         covered_BT = (position_BF.index_select(1, self.owner) - self.starts).clamp(0, 1)
         terms_BTD = covered_BT.unsqueeze(-1) * self.weight
         bias_BFD = self.bias.expand(dense.shape[0], -1, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import resource
 import runpy
 import shutil
@@ -30,13 +31,17 @@ from ctrlib.data.loader import Loader
 from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
-from ctrlib.metrics import by_segment
+from ctrlib.data.synthetic import write_splits
+from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
+from ctrlib.optim import check_choice, check_not_negative
 from ctrlib.schema import DataError, Schema
 from ctrlib.training import FitConfig, evaluate, fit, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
+
+DEMO = {"batch_size": "1024", "fit.epochs": "3"}
 
 SHARES: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
@@ -61,6 +66,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive("batch_size", self.batch_size)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_not_negative("workers", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,14 @@ class DataOptions:
     weight: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:  # what NumPy takes
+        raise ConfigError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+
 
 def resolve_schema(table: Source, options: DataOptions) -> Schema:
     """The given schema with the options' labels and roles, or an inferred one.
@@ -106,8 +121,15 @@ def resolve_schema(table: Source, options: DataOptions) -> Schema:
     else:
         schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
         schema = replace(schema, labels=labels or schema.labels, **roles)
-    table.require(schema.labels, ", named as label")
+    _require(table, schema)
     return schema
+
+
+def _require(table: Source, schema: Schema) -> None:
+    """Raise :class:`DataError` for the first column that encoding would miss, before any long work."""
+    table.require(schema.labels, ", named as label")
+    table.require([f.name for f in schema.fields], ", which the schema declares as a field")
+    table.require([c for c in (schema.weight, schema.group) if c is not None], ", named as weight or group")
 
 
 def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
@@ -121,15 +143,19 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
     Raises:
         DataError: see :func:`resolve_schema`, :meth:`.Encoder.fit` and :meth:`.Store.create`.
     """
-    if Path(out).exists():
-        raise DataError(f"{out} exists already; choose another folder or remove it")
+    _claim(Path(out)).rmdir()  # a place that cannot be written should not come out only after the encoder is fitted
     table = open_source(data, "the table")
     schema = resolve_schema(table, options)
     given = {name: open_source(raw) for name, raw in (("valid", options.valid), ("test", options.test)) if raw is not None}
+    for source in given.values():
+        _require(source, schema)
     # With validation rows but no test rows given, every row of the data is for training.
     cut = ["train"] if "valid" in given else [name for name in SHARES if name not in given]
     parts = {"train": table}
     if len(cut) > 1:
+        for name in cut:
+            if not 0 < options.shares[name] <= 1:
+                raise DataError(f"the share of {name} rows is {options.shares[name]:g}; expected above 0, and at most 1")
         total = sum(options.shares[name] for name in cut)
         shares = {name: options.shares[name] / total for name in cut}
         parts = split_rows(table, shares, by=options.split, time=schema.time, seed=options.seed)
@@ -178,42 +204,50 @@ def train(
         What ``metrics.json`` holds.
 
     Raises:
-        DataError, ConfigError: see the functions above. Nothing is left at ``out``.
+        DataError, ConfigError: see the functions above.
+        TrainingDivergedError: the loss is not finite.
+
+    Nothing is left at ``out`` after an error. Ctrl-C while the model trains is none: the run is whole, with the best weights so
+    far, and the report says ``"interrupted": true``.
     """
     target, options = Path(out), options or DataOptions()
+    _check_seed(seed)
+    device = _device(config.device)
     part = _claim(target)
     try:
-        report = _train(data, config, part, options, name, seed)
+        report = _train(data, config, part, options, name, seed, device)
         part.rename(target)
-    except (DataError, ConfigError):
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return report
 
 
 def _claim(target: Path) -> Path:
-    """The folder in which a run is written until it is whole."""
+    """The folder in which a run or a store is written until it is whole."""
     if target.exists():
-        raise DataError(f"{target} exists already; choose another folder for the run, or remove it")
+        raise DataError(f"{target} exists already; choose another folder, or remove it")
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder for the run") from error
+        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     return part
 
 
-def _train(data: object, config: RunConfig, part: Path, options: DataOptions, name: str, seed: int) -> dict[str, Any]:
+def _train(
+    data: object, config: RunConfig, part: Path, options: DataOptions, name: str, seed: int, device: torch.device
+) -> dict[str, Any]:
     started = time.perf_counter()
     store = _open(data, part / "store", options)
     if "train" not in store.rows:
         raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
     encoder, labels = store.encoder, store.encoder.schema.labels
-    _write_json(part / "config.json", {"model": name, "seed": seed, **to_json(config)})
+    _write_json(part / "config.json", _run_config(name, seed, config))
 
     seed_everything(seed)
-    model = build_model(config.model, encoder.layout).to(_device(config.device))
+    model = build_model(config.model, encoder.layout).to(device)
     loaders = {
         split: Loader(store.split(split), max(config.batch_size, 8192), workers=config.workers)
         for split in ("valid", "test")
@@ -241,6 +275,11 @@ def _train(data: object, config: RunConfig, part: Path, options: DataOptions, na
     (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     shutil.rmtree(part / "store", ignore_errors=True)
     return report
+
+
+def _run_config(name: str, seed: int, config: RunConfig) -> dict[str, Any]:
+    """What ``config.json`` holds."""
+    return {"name": name, "seed": seed, **to_json(config)}
 
 
 def _open(data: object, scratch: Path, options: DataOptions) -> Store:
@@ -281,31 +320,71 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
     table = open_source(data, "the table")
     if table.num_rows == 0:
         raise DataError(f"{table.name} has no rows; expected at least one")
-    if by is not None:
-        table.require([by], ", by which to segment")
-    report = evaluate(loaded.model, loaded.batches(table, labels=True), label_names=labels)
-    if by is not None:
-        if len(labels) > 1:
-            raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
-        seen = predict(loaded.model, loaded.batches(table, labels=True))
-        assert seen.labels is not None
-        report["segments"] = by_segment(_segments(table, by), seen.labels, seen.probability, weight=seen.weight)
-    return report
+    if by is None:
+        return evaluate(loaded.model, loaded.batches(table, labels=True), label_names=labels)
+    table.require([by], ", by which to segment")
+    if len(labels) > 1:
+        raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
+    segments = _segments(table, by)
+    seen = predict(loaded.model, loaded.batches(table, labels=True))
+    assert seen.labels is not None
+    report: dict[str, Any] = dict(summarize(seen.labels, seen.probability, weight=seen.weight, group=seen.group))
+    return report | {"segments": by_segment(segments, seen.labels, seen.probability, weight=seen.weight)}
 
 
-def _segments(table: Source, by: str) -> Any:
+def _segments(table: Source, by: str) -> list[object]:
+    """The segment of every row: the value itself, or the decile of a number with many values; missing is ``None``."""
     values = table.column(by)
     if isinstance(values, pa.DictionaryArray):
         values = values.dictionary_decode()
-    raw = np.array(values.to_pylist(), dtype=object)
+    if pa.types.is_nested(values.type):
+        raise DataError(f"column {by!r} of {table.name} holds {values.type}; segments need one value a row")
+    raw: list[Any] = [None if v != v else v for v in values.to_pylist()]  # NaN is missing too
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)) or len(set(raw)) <= 50:
         return raw
-    present = np.array([v for v in raw if v is not None and v == v], dtype=np.float64)
+    present = np.array([v for v in raw if v is not None], dtype=np.float64)
     edges = np.unique(np.quantile(present, np.linspace(0, 1, 11)))
-    names = [f"[{low:.6g}, {high:.6g})" for low, high in itertools.pairwise(edges)]
+    # as few digits as tell the edges apart: six would write every timestamp alike
+    digits = next(d for d in range(6, 18) if len({f"{e:.{d}g}" for e in edges}) == len(edges))
+    names = [f"[{low:.{digits}g}, {high:.{digits}g})" for low, high in itertools.pairwise(edges)]
     names[-1] = names[-1][:-1] + "]"
-    at = np.searchsorted(edges[1:-1], [v if v is not None else np.nan for v in raw], side="right")
-    return np.array([None if v is None or v != v else names[i] for v, i in zip(raw, at, strict=True)], dtype=object)
+    decile = iter(np.searchsorted(edges[1:-1], present, side="right").tolist())
+    return [None if v is None else names[next(decile)] for v in raw]
+
+
+def demo(out: str | Path, *, rows: int = 300_000, seed: int = 0) -> dict[str, Any]:
+    """Synthetic Criteo-shaped data with planted interactions; DeepFM and, for comparison, logistic regression on it.
+
+    Args:
+        out: new folder: ``data/{train,valid,test}.parquet``, ``run/`` (DeepFM), ``lr/``, ``truth.json``.
+        rows: of the three splits together.
+        seed: of the data and the training.
+
+    Returns:
+        ``{"truth": per split bayes_auc, bayes_log_loss, additive_auc, …, "run": …, "lr": …}``; the latter two as from
+        :func:`train`. No model can beat ``bayes_auc``; none without interactions can beat ``additive_auc``.
+
+    Raises:
+        DataError: the folder exists or cannot be written, or there are too few rows.
+    """
+    target = Path(out)
+    part = _claim(target)
+    try:
+        truth = write_splits(part / "data", rows, seed)
+        _write_json(part / "truth.json", truth)
+        files = {name: str(part / "data" / f"{name}.parquet") for name in SHARES}
+        options = DataOptions(label="label", valid=files["valid"], test=files["test"])
+        store = prepare(files["train"], part / "store", options)
+        reports = {
+            folder: train(store, configure(model, options=DEMO), part / folder, name=model, seed=seed)
+            for folder, model in (("lr", "lr"), ("run", "deepfm"))
+        }
+        shutil.rmtree(part / "store")
+        part.rename(target)
+    except (DataError, ConfigError):
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return {"truth": truth, **reports}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +416,8 @@ def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_s
         seeds: how many; ``first_seed`` and those after it. Finished runs found at ``out`` are kept.
 
     Raises:
-        DataError: no such file, or it defines no experiment.
+        DataError: no such file, it defines no experiment, or ``out`` holds runs with other settings.
+        KeyboardInterrupt: Ctrl-C; the runs finished before are kept.
     """
     path, target = Path(file).resolve(), Path(out)
     if not path.is_file():
@@ -364,9 +444,15 @@ def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_s
     for seed in range(first_seed, first_seed + seeds):
         folder = target / f"seed-{seed}"
         if (folder / "metrics.json").is_file():
+            done = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if done != json.loads(_json_text(_run_config(experiment.name, seed, experiment.config))):
+                raise DataError(f"{folder} was run with other settings than {file} has now; choose another --out or remove it")
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
         else:
             runs.append(train(store, experiment.config, folder, name=experiment.name, seed=seed))
+            if runs[-1]["interrupted"]:  # not what the others are compared with, and no seed is to follow
+                shutil.rmtree(folder)
+                raise KeyboardInterrupt
         _log.info(
             "%s seed %d: test auc %.6f, log_loss %.6f",
             experiment.name,
@@ -391,7 +477,20 @@ def _mean_std(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else float("nan")}
 
 
+def _json_text(data: object) -> str:
+    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def _write_json(path: Path, data: object) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(_json_text(data) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def finite(data: object) -> Any:
+    """``data`` for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

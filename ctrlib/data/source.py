@@ -73,15 +73,20 @@ class Source:
         stats = [(path.resolve(), path.stat()) for path in files]
         return [{"path": str(path), "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats]
 
-    def blocks(self, column: str, block_rows: int = BLOCK_ROWS) -> Iterator[Any]:
+    def blocks(self, column: str, block_rows: int = BLOCK_ROWS, *, text: bool = False) -> Iterator[Any]:
         """The column as Arrow arrays of ``block_rows`` rows (the last one shorter), in row order.
+
+        Args:
+            column: its name.
+            block_rows: rows an array.
+            text: give numbers of a CSV file as the text that was written; other tables know their types.
 
         Raises:
             DataError: a file turns out to be damaged.
         """
         buffered: list[Any] = []
         count = 0
-        for array in self._selected(column):
+        for array in self._selected(column, text):
             buffered.append(array)
             count += len(array)
             while count >= block_rows:
@@ -92,10 +97,10 @@ class Source:
         if count:
             yield _concat(buffered)
 
-    def _selected(self, column: str) -> Iterator[Any]:
+    def _selected(self, column: str, text: bool) -> Iterator[Any]:
         at = 0
         for part in self.parts:
-            for array in part.arrays(column):
+            for array in part.arrays(column, text):
                 if self.rows is None:
                     yield array
                 else:
@@ -124,9 +129,9 @@ class _Part:
     table: Any = None
     path: Path | None = None
     metadata: Any = None
-    casts: Mapping[str, Any] = field(default_factory=dict)
+    casts: Mapping[str, Any] = field(default_factory=dict)  # CSV: number types, by column
 
-    def arrays(self, column: str) -> Iterator[Any]:
+    def arrays(self, column: str, text: bool) -> Iterator[Any]:
         if self.table is not None:
             yield from self.table.column(column).chunks
             return
@@ -134,7 +139,7 @@ class _Part:
             with pq.ParquetFile(self.path, metadata=self.metadata, read_dictionary=[column], memory_map=True) as file:
                 for batch in file.iter_batches(BLOCK_ROWS, columns=[column], use_threads=False):
                     array = batch.column(0)
-                    cast = self.casts.get(column)
+                    cast = None if text else self.casts.get(column)
                     yield array if cast is None else pc.cast(array.dictionary_decode(), cast)
         except (pa.ArrowInvalid, OSError) as error:
             raise _damaged(self.path, error) from error
@@ -229,10 +234,11 @@ def _find(path: str) -> list[Path]:
         if not files:
             raise DataError(f"{path}: the folder holds no .parquet, .csv or .tsv file")
     else:
-        files = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
+        found = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
+        files = [p for p in found if p.is_file() and not p.name.startswith((".", "_"))]
         if not files:
             raise DataError(f"{path}: no such file, folder or glob")
-    kinds = {_kind(p) for p in files}
+    kinds = {_kind(p) or f"unknown: {p.name}" for p in files}
     if len(kinds) > 1:
         raise DataError(f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}); keep one kind")
     return files
@@ -305,7 +311,7 @@ def _convert_csv(paths: list[Path], delimiter: str, folder: Path) -> tuple[list[
             texts = texts or {n: _TextColumn() for n in names}
             target = folder / f"{i}.parquet"
             written.append((path, target, _csv_to_parquet(path, delimiter, target, texts)))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {_csv_problem(error)}") from error
     types = {n: t.type for n, t in texts.items()}
     casts = {n: t for n, t in types.items() if t != pa.string()}
@@ -346,7 +352,7 @@ def _csv_problem(error: Exception) -> str:
     text = _first_line(error)
     if "Empty CSV" in text:
         return "the file is empty; expected a header line and rows"
-    if "UTF8" in text:
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in text:
         return f"the text is not UTF-8 ({text}; the header is row 1); convert the file to UTF-8"
     if "CSV parse error" in text:
         return f"malformed line ({text.removeprefix('CSV parse error: ')}; the header is row 1); mend or remove it"
@@ -354,18 +360,17 @@ def _csv_problem(error: Exception) -> str:
 
 
 class _TextColumn:
-    """Narrowest of int64, double and string that holds every cell of a CSV column exactly as written."""
+    """Narrowest of int64, uint64, double and string that holds every cell of a CSV column without loss."""
 
     def __init__(self) -> None:
-        self._candidates: list[Any] = [pa.int64(), pa.float64()]
+        self._candidates: list[Any] = [pa.int64(), pa.uint64(), pa.float64()]
 
     @property
     def type(self) -> Any:
         return self._candidates[0] if self._candidates else pa.string()
 
     def update(self, array: Any) -> None:
-        while self._candidates and not self._fits(array, self._candidates[0]):
-            self._candidates.pop(0)
+        self._candidates = [kind for kind in self._candidates if self._fits(array, kind)]
 
     @staticmethod
     def _fits(array: Any, kind: Any) -> bool:
@@ -373,5 +378,7 @@ class _TextColumn:
             values = pc.cast(array, kind)
         except pa.ArrowInvalid:
             return False
-        # "007" is a code, not the number 7
-        return kind != pa.int64() or bool(pc.all(pc.equal(pc.cast(values, pa.string()), array), min_count=0).as_py())
+        if kind == pa.float64():  # neither a code such as 007 nor an integer with more digits than a double holds
+            return not pc.any(pc.match_substring_regex(array, r"^-?(0[0-9]|[0-9]{16})")).as_py()
+        # 007 and 0x7 are codes, not the number 7
+        return bool(pc.all(pc.equal(pc.cast(values, pa.string()), array), min_count=0).as_py())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -111,9 +111,9 @@ class CTRModel(ModelComponent):
         self.head = None if config.head is None else Head(config.head, out, num_tasks)
         self.first_order: nn.ModuleList | None = None
         if config.first_order is not None:
-            wide = FeatureEmbedding(
-                FeatureEmbedding.Config(dim=1, fields=config.embedding.fields, init_std=config.embedding.init_std), layout
-            )
+            # One trained weight for every value, whatever width its vector has and whether that is frozen.
+            weights = replace(config.embedding, dim=1, dims={}, frozen=(), dropout=0.0)
+            wide = FeatureEmbedding(weights, layout)
             self.first_order = nn.ModuleList([wide, build(config.first_order, wide.out)])
         initialize(self, config.weight_init)
 

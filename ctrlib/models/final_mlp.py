@@ -39,7 +39,10 @@ class FinalMLPModel(ModelComponent):
         self.config = config
         self.embedding = FeatureEmbedding(config.embedding, layout)
         self.context_1, self.context_2 = (
-            FeatureEmbedding(replace(config.embedding, fields=names), layout) if names and config.block.use_fs else None
+            # Frozen rows are zero until vectors are loaded, which the main tables get; a frozen context would stay zero.
+            FeatureEmbedding(replace(config.embedding, fields=names, frozen=()), layout)
+            if names and config.block.use_fs
+            else None
             for names in (config.context_1, config.context_2)
         )
         self.interaction = FinalMLP(

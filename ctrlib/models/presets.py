@@ -68,7 +68,7 @@ def fm(flavour: Flavour = "paper") -> CTRModel.Config:
 
 def dnn(flavour: Flavour = "paper") -> CTRModel.Config:
     """MLP on the concatenated embeddings."""
-    return _ctr(flavour, _mlp(flavour, MLP.Config(), output_dim=1))
+    return _ctr(flavour, _mlp(flavour, MLP.Config()), head=Head.Config())
 
 
 def wide_deep(flavour: Flavour = "paper") -> CTRModel.Config:

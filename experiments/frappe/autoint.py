@@ -20,5 +20,6 @@ def experiment() -> Experiment:
         "autoint",
         model,
         embedding_l2=0.05,
+        precision="bf16",
         published={"auc": 0.983085, "log_loss": 0.163684, "parameters": 306051},
     )

@@ -42,5 +42,6 @@ def experiment() -> Experiment:
         "autoint_plus",
         model,
         embedding_l2=0.1,
+        precision="bf16",
         published={"auc": 0.984812, "log_loss": 0.149007, "parameters": 622180},
     )

@@ -12,7 +12,7 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import Experiment, RunConfig
 from ctrlib.models.ctr import ModelComponent
 from ctrlib.optim import OptimizerConfig
-from ctrlib.training import FitConfig
+from ctrlib.training import FitConfig, Monitor, Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING = FeatureEmbedding.Config(dim=10, init_std=1e-4)
@@ -35,16 +35,17 @@ def frappe(
     published: Mapping[str, float],
     embedding_l2: float = 0.0,
     net_l2: float = 0.0,
-    fit: FitConfig | None = None,
+    monitor: Monitor = "auc",
+    precision: Precision = "fp32",
     note: str = "",
 ) -> Experiment:
-    """An experiment with BARS' common settings: Adam 1e-3, batch 4096, patience 2 on AUC, clipping at 10, 100 epochs."""
+    """An experiment with BARS' common settings: Adam 1e-3, batch 4096, patience 2, clipping at 10, 100 epochs."""
     optimizer = OptimizerConfig(embedding_l2=embedding_l2, net_l2=net_l2)
-    fit = fit or FitConfig(optimizer=optimizer)
+    fit = FitConfig(optimizer=optimizer, monitor=monitor, precision=precision)
     return Experiment(
         name=f"frappe/{name}",
         config=RunConfig(model=model, fit=fit, batch_size=4096),
         data=data,
         published=published,
-        note="; ".join(filter(None, ["train negatives re-drawn", note])),
+        note="; ".join(filter(None, ["train negatives re-drawn", "bf16 autocast" if precision == "bf16" else "", note])),
     )

@@ -6,8 +6,6 @@ from ctrlib.experiment import Experiment
 from ctrlib.interactions.compose import Parallel
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel
-from ctrlib.optim import OptimizerConfig
-from ctrlib.training import FitConfig
 from experiments.frappe.common import EMBEDDING, frappe
 
 
@@ -28,6 +26,7 @@ def experiment() -> Experiment:
     return frappe(
         "dual_mlp",
         model,
-        fit=FitConfig(optimizer=OptimizerConfig(embedding_l2=0.05), monitor="auc-log_loss"),
+        embedding_l2=0.05,
+        monitor="auc-log_loss",
         published={"auc": 0.98465, "log_loss": 0.147083, "parameters": 972992},
     )

@@ -1,0 +1,75 @@
+"""A layout with every kind of column, batches of it, and models shrunk to a few units, for the tests of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ctrlib.batch import Batch, Ragged
+from ctrlib.config import from_json, to_json
+from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.presets import COMPONENTS
+from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
+
+LAYOUT = BatchLayout(
+    sparse=(SparseColumn("user", 9, "user"), SparseColumn("item", 12, "item"), SparseColumn("hour", 5, "hour")),
+    dense=(DenseColumn("price"), DenseColumn("age", 0, True), DenseColumn("time", 4, True)),
+    sequences=(SequenceColumn("history", 12, "item", "mean", True),),
+)
+WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "dim": 4}
+
+
+def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
+    """Random rows; missing numbers, padding, OOV and an empty sequence among them."""
+    g = torch.Generator().manual_seed(1000 * seed + count)
+    sizes = torch.tensor([c.vocab_size for c in LAYOUT.sparse])
+    sparse = (torch.rand(count, len(sizes), generator=g) * sizes).to(torch.int32)
+    dense = torch.randn(count, 3, generator=g)
+    dense[:, 2] = torch.rand(count, generator=g) * 4
+    dense[torch.rand(count, 3, generator=g) < 0.2] = torch.nan
+    lengths = torch.randint(0, 4, (count,), generator=g)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    values = torch.randint(0, 12, (int(offsets[-1]),), generator=g, dtype=torch.int32)
+    labels = torch.randint(0, 2, (count, num_labels), generator=g).float()
+    return Batch(sparse=sparse, dense=dense, sequences={"history": Ragged(values, offsets)}, labels=labels)
+
+
+def take(batch: Batch, chosen: list[int]) -> Batch:
+    """Some rows of a batch, row by row."""
+    ragged = batch.sequences["history"]
+    lists = [ragged.values[ragged.offsets[i] : ragged.offsets[i + 1]] for i in chosen]
+    offsets = torch.tensor([0, *(len(values) for values in lists)]).cumsum(0).to(torch.int32)
+    return Batch(
+        sparse=batch.sparse[chosen],
+        dense=batch.dense[chosen],
+        sequences={"history": Ragged(torch.cat(lists), offsets)},
+        labels=None if batch.labels is None else batch.labels[chosen],
+    )
+
+
+def shrunk(config: ModelComponent.Config, **changes: Any) -> ModelComponent.Config:
+    """The same model with few units; ``changes`` sets further options wherever they occur."""
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") == "FinalMLP" else {})
+            # Width 1 is what makes a table one of first-order weights.
+            return {k: sizes[k] if k in sizes and (k, v) != ("dim", 1) else walk(v) for k, v in node.items()}
+        return [walk(item) for item in node] if isinstance(node, list) else node
+
+    return from_json(walk(to_json(config)), ModelComponent.Config, COMPONENTS)
+
+
+def make(config: ModelComponent.Config, layout: BatchLayout = LAYOUT, seed: int = 1) -> ModelComponent:
+    """The model from a fixed seed, in eval mode."""
+    torch.manual_seed(seed)
+    return build_model(config, layout).eval()
+
+
+def awake(model: ModelComponent) -> ModelComponent:
+    """The model with all parameters but padding rows moved: what starts at zero may hold back its neighbour's gradient."""
+    torch.manual_seed(2)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p) * (p != 0 if p.ndim == 2 and len(p) > 20 else 1)
+    return model
