@@ -69,7 +69,7 @@ class FeatureEmbedding(Component, nn.Module):
         sparse = [(i, c) for i, c in enumerate(layout.sparse) if c.name in wanted]
         sequences = [c for c in layout.sequences if c.name in wanted]
         vocabularies = {c.table: c.vocab_size for _, c in sparse} | {c.table: c.vocab_size for c in sequences}
-        known = {c.table for c in (*layout.sparse, *layout.sequences)}
+        known = {c.table for c in layout.sparse} | {c.table for c in layout.sequences}
         for name in (*config.dims, *config.frozen):
             if name not in known:
                 raise ConfigError(

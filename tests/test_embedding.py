@@ -174,7 +174,7 @@ def test_sharing_fields_read_the_same_rows() -> None:
 
 def test_sequence_and_sparse_gradients_meet_in_the_shared_row() -> None:
     module = embedding()
-    module(rows([[2, 4, 4]], [DENSE[1]], history=[[4, 4]], tags=[[2]])).sum().backward()
+    module(rows([[2, 4, 4]], [DENSE[1]], history=[[4, 4]], tags=[[2]])).sum().backward()  # type: ignore[no-untyped-call]
     gradient = table(module).weight.grad
     assert gradient is not None
     np.testing.assert_allclose(gradient[FIRST["item"] + 4].numpy(), [3.0] * D)  # two fields and a mean over itself
@@ -186,14 +186,14 @@ def test_padding_is_zero_without_gradient_and_stays_so(dims: dict[str, int]) -> 
     padding = rows([[0, 0, 0], [0, 0, 0]], [[1.0] * 4] * 2, history=[[0], [0, 0]], tags=[[0], []])
     shown = tokens(module, padding)
     assert not any(shown[name].any() for name in ("user", "item", "last_item", "history", "tags"))
-    module(padding).square().sum().backward()
+    module(padding).square().sum().backward()  # type: ignore[no-untyped-call]
     for weight in embedding_parameters(module):
         assert weight.grad is not None
         assert not weight.grad.any()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     for _ in range(5):
         optimizer.zero_grad()
-        (module(rows()) - 1).square().sum().backward()
+        (module(rows()) - 1).square().sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     for at, first_rows in enumerate([[0, 5, 11]] if not dims else [[0], [0], [0]]):
         assert not table(module, at).weight[first_rows].any()
@@ -204,7 +204,7 @@ def test_padding_is_zero_without_gradient_and_stays_so(dims: dict[str, int]) -> 
 def test_only_rows_that_occur_get_a_gradient_and_oov_is_one_of_them() -> None:
     module = embedding()
     tag_lists = [[3], [0, 2], [1], []]  # under a maximum, only the greatest gets a gradient
-    module(rows(tags=tag_lists)).sum().backward()
+    module(rows(tags=tag_lists)).sum().backward()  # type: ignore[no-untyped-call]
     gradient = table(module).weight.grad
     assert gradient is not None
     user = {v for row in SPARSE for v in row[:1]}
@@ -227,7 +227,7 @@ def test_numbers_are_linear() -> None:
 
 def test_nan_never_reaches_a_gradient() -> None:
     module = embedding()
-    module(rows(dense=[[NAN] * 4] * 4)).square().sum().backward()
+    module(rows(dense=[[NAN] * 4] * 4)).square().sum().backward()  # type: ignore[no-untyped-call]
     for name, p in module.named_parameters():
         assert p.grad is not None
         assert p.grad.isfinite().all(), name
@@ -296,8 +296,8 @@ def test_subset_of_fields() -> None:
 
 
 def test_int32_and_int64_ids_agree() -> None:
-    for options in ({}, {"fields": ("last_item", "user", "history")}):
-        module = embedding(**options)
+    for fields in (None, ("last_item", "user", "history")):
+        module = embedding(fields=fields)
         torch.testing.assert_close(module(rows()), module(rows(dtype=torch.int64)), rtol=0, atol=0)
 
 
@@ -368,7 +368,7 @@ def test_frozen_rows_do_not_move_and_the_others_do() -> None:
     before = frozen.weight.clone()
     user = table(module).weight.clone()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
-    (module(rows()) - 1).square().sum().backward()
+    (module(rows()) - 1).square().sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert torch.equal(frozen.weight, before)
     assert not torch.equal(table(module).weight, user)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -164,7 +165,8 @@ class Encoder:
         if table.num_rows == 0:
             return
         names = list(dict.fromkeys([*(f.name for f in self.schema.fields), *special]))
-        columns = {name: table.blocks(name, block_rows) for name in names}
+        texts = {f.name for f in self.schema.fields if not isinstance(f, DenseField) and _as_text(f, self._keys(f))}
+        columns = {name: table.blocks(name, block_rows, text=name in texts) for name in names}
         for start in range(0, table.num_rows, block_rows):
             arrays = dict(zip(names, parallel(lambda name: next(columns[name]), names, rows=table.num_rows), strict=True))
             yield self._encode_block(arrays, table, start, labels)
@@ -213,10 +215,8 @@ class Encoder:
         return self.vocabularies[_table(f)].ids(keys)
 
     def _sequence(self, f: SequenceField, array: Any, describe: Callable[[int], str]) -> tuple[Ids, Ids]:
-        lists = _lists(f, array, describe)
-        lengths: Ids = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        keys = as_keys(lists.flatten(), self._keys(f), lambda at: describe(int(owner[at])))
+        values, lengths, describe = _flat(f, array, describe)
+        keys = as_keys(values, self._keys(f), describe)
         ids = self.vocabularies[_table(f)].ids(keys)
         if f.max_length is not None:  # keep the last ones
             ends = np.repeat(np.cumsum(lengths), lengths)
@@ -233,7 +233,11 @@ class Encoder:
         f = self.schema[field]
         if isinstance(f, DenseField):
             raise DataError(f"field {field!r} is dense; only sparse and sequence fields have ids")
-        keys = as_keys(pa.array(values), self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
+        try:
+            array = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
+        keys = as_keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
         return self.vocabularies[_table(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
@@ -299,9 +303,14 @@ def parallel(job: Callable[[T], R], items: Sequence[T], *, rows: int = BLOCK_ROW
         return list(pool.map(job, items))
 
 
-def _blocks(name: str, table: Source, bar: Tracker) -> Iterator[tuple[Any, Callable[[int], str]]]:
+def _as_text(f: SparseField | SequenceField, kind: Any) -> bool:
+    """Whether the field reads text, also from a CSV file in which every cell of the column happens to be a number."""
+    return kind != pa.int64() or (isinstance(f, SequenceField) and f.separator is not None)
+
+
+def _blocks(name: str, table: Source, bar: Tracker, text: bool = False) -> Iterator[tuple[Any, Callable[[int], str]]]:
     start = 0
-    for array in table.blocks(name):
+    for array in table.blocks(name, text=text):
         yield array, _describe(name, table, start)
         start += len(array)
         bar.advance(len(array))
@@ -318,11 +327,10 @@ def _fit_vocabulary(
     kind = pa.large_string() if len(kinds) > 1 or _separated(members) else next(iter(kinds.values()))
     counter = ValueCounter(kind)
     for f in members:
-        for array, describe in _blocks(f.name, table, bar):
+        for array, describe in _blocks(f.name, table, bar, _as_text(f, kind)):
             if isinstance(f, SequenceField):
-                counter.update(as_keys(_lists(f, array, describe).flatten(), kind, describe))
-            else:
-                counter.update(as_keys(array, kind, describe))
+                array, _, describe = _flat(f, array, describe)
+            counter.update(as_keys(array, kind, describe))
     if not len(counter.result()[0]):
         raise _all_missing(name, table)
     return Vocabulary.fit(counter, owner.min_count, owner.max_size)
@@ -365,6 +373,16 @@ def _category_keys(array: Any, describe: Callable[[int], str]) -> Any:
     return pa.array(criteo_log(np.where(missing, 0, x)), mask=missing).dictionary_encode()
 
 
+def _flat(
+    f: SequenceField, array: Any, describe: Callable[[int], str]
+) -> tuple[Any, npt.NDArray[np.int32], Callable[[int], str]]:
+    """The values of all lists one after another, the length of each list (0: missing), and the place of a value."""
+    lists = _lists(f, array, describe)
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
+    ends = np.cumsum(lengths)
+    return lists.flatten(), lengths, lambda at: describe(int(np.searchsorted(ends, at, side="right")))
+
+
 def _lists(f: SequenceField, array: Any, describe: Callable[[int], str]) -> Any:
     """The column as a list array without nulls inside lists."""
     if isinstance(array, pa.DictionaryArray):
@@ -390,16 +408,21 @@ def _lists(f: SequenceField, array: Any, describe: Callable[[int], str]) -> Any:
 
 
 def _labels(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:
+    keys = array.dictionary_encode() if not isinstance(array, pa.DictionaryArray) else array
+    values = np.array([_label(value) for value in keys.dictionary.to_pylist()] + [np.nan], np.float32)
+    labels: npt.NDArray[np.float32] = values[keys.indices.cast(pa.int32()).fill_null(len(values) - 1).to_numpy()]
+    if np.isnan(labels).any():
+        row = int(np.argmax(np.isnan(labels)))
+        raise DataError(f"{describe(row)}: the label is {array[row].as_py()!r}; expected 0 or 1 in every row")
+    return labels
+
+
+def _label(value: object) -> float:
     try:
-        values = as_floats(array, describe)
-    except DataError:
-        values = np.full(len(array), np.nan)
-    wrong = (values != 0) & (values != 1)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        value = array[row].as_py()
-        raise DataError(f"{describe(row)}: the label is {value!r}; expected 0 or 1 in every row")
-    return values.astype(np.float32)
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+    return number if number in (0, 1) else math.nan
 
 
 def _weights(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ from ctrlib.schema import DataError, DenseField, Field, Schema, SequenceField, S
 
 MAX_ROWS = 2_000_000
 FEW_VALUES = 200
-_ID_NAME = re.compile(r"(^|_)ids?$|[a-z]I[dD]s?$", re.ASCII)
+_ID_NAME = re.compile(r"(^|[\W_])(?i:ids?)$|[a-z]I[dD]s?$", re.ASCII)
 _IDENTIFIER_ROWS = 100
 
 
@@ -121,7 +121,7 @@ def _number(name: str, table: Source) -> Field | str:
         values = array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
         x = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         finite = x[np.isfinite(x)]
-        moments.update(finite)
+        moments.update(np.where(np.isfinite(x), x, np.nan))
         whole = whole and bool((finite == np.floor(finite)).all())
         largest = max(largest, float(np.abs(finite).max(initial=0)))
         rows += len(x)
@@ -129,9 +129,10 @@ def _number(name: str, table: Source) -> Field | str:
             break
     if moments.maximum < moments.minimum:
         return "only missing values"
-    integer = pa.types.is_integer(table.types[name])
+    kind = table.types[name]
+    integer = pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
     if whole and (integer or largest < 2**53):
-        seen = _count(name, table, pa.int64(), None if integer else lambda a: a.filter(pc.is_finite(a)))
+        seen = _count(name, table, pa.int64(), None if integer else _finite)
         guess = _category(name, seen)
         few = seen.distinct <= FEW_VALUES or largest >= 2**31 or bool(_ID_NAME.search(name))
         if isinstance(guess, str) or few:
@@ -141,3 +142,8 @@ def _number(name: str, table: Source) -> Field | str:
     mean, std = moments.mean_std()
     heavy = max(moments.maximum - mean, mean - moments.minimum) > 10 * std
     return DenseField(name=name, encoding="log" if heavy else "standardize")
+
+
+def _finite(array: Any) -> Any:
+    values = pc.cast(array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array, pa.float64(), safe=False)
+    return pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))

@@ -74,21 +74,26 @@ class Moments:
         present = x[~np.isnan(x)]
         self.missing += len(x) - len(present)
         if len(present):
-            self.minimum, self.maximum = min(self.minimum, float(present.min())), max(self.maximum, float(present.max()))
+            low, high = float(present.min()) + 0.0, float(present.max()) + 0.0  # + 0.0: −0 is 0
+            self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
             mean = float(present.mean())
             self._blocks.append((len(present), mean, float(((present - mean) ** 2).sum())))
 
     def mean_std(self) -> tuple[float, float]:
-        """Mean and population standard deviation (1 for a constant), to 10 digits, so that the order of rows cannot show."""
+        """Mean and population standard deviation (1 for a constant), rounded so that the order of rows cannot show."""
         n = sum(b[0] for b in self._blocks)
         if n == 0:
             return 0.0, 1.0
+        if self.minimum == self.maximum:
+            return self.minimum, 1.0
         mean = math.fsum(b[0] * b[1] for b in self._blocks) / n
         squares = math.fsum([b[2] + b[0] * (b[1] - mean) ** 2 for b in self._blocks])
         std = math.sqrt(squares / n)
-        if std <= 1e-12 * max(abs(mean), 1e-300):
+        if std <= 1e-12 * abs(mean):
             std = 1.0
-        return float(f"{mean:.10g}"), float(f"{std:.10g}")
+        # Rounding errors of the mean are as large as the values, however near to zero it is itself.
+        digits = 9 - math.floor(math.log10(max(std, 1e-3 * abs(mean))))
+        return round(mean, digits) + 0.0, float(f"{std:.10g}")
 
 
 class Quantiles:
@@ -126,10 +131,8 @@ class Quantiles:
         sign = np.uint64(1 << 63)
         values = np.where(self._keys & sign, self._keys ^ sign, ~self._keys).view(np.float64)
         cumulative = np.cumsum(self._counts)
-        ranks = np.linspace(0, 1, num_bins + 1) * (cumulative[-1] - 1)
-        return tuple(
-            float(v) for v in np.unique(values[np.searchsorted(cumulative, ranks, side="right").clip(max=len(values) - 1)])
-        )
+        ranks = np.arange(num_bins + 1) * (cumulative[-1] - 1) // num_bins
+        return tuple(float(v) for v in np.unique(values[np.searchsorted(cumulative, ranks, side="right")]))
 
 
 @dataclass(frozen=True, kw_only=True)

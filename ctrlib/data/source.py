@@ -10,7 +10,7 @@ import glob
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ctrlib.schema import DataError, suggest
 
 BLOCK_ROWS = 1 << 17
+_CSV_BLOCK = 1 << 24  # bytes; no row may be longer
 _CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 
@@ -129,18 +130,23 @@ class _Part:
     table: Any = None
     path: Path | None = None
     metadata: Any = None
-    casts: Mapping[str, Any] = field(default_factory=dict)  # CSV: number types, by column
+    texts: Collection[str] = ()  # columns stored as text, read dictionary-encoded
+    casts: Mapping[str, Any] = field(default_factory=dict)  # numbers of a CSV file; one kind of list
 
     def arrays(self, column: str, text: bool) -> Iterator[Any]:
         if self.table is not None:
             yield from self.table.column(column).chunks
             return
         try:
-            with pq.ParquetFile(self.path, metadata=self.metadata, read_dictionary=[column], memory_map=True) as file:
+            stored_text = column in self.texts
+            cast = None if text and stored_text else self.casts.get(column)
+            dictionary = [column] if stored_text else []
+            with pq.ParquetFile(self.path, metadata=self.metadata, read_dictionary=dictionary, memory_map=True) as file:
                 for batch in file.iter_batches(BLOCK_ROWS, columns=[column], use_threads=False):
                     array = batch.column(0)
-                    cast = None if text else self.casts.get(column)
-                    yield array if cast is None else pc.cast(array.dictionary_decode(), cast)
+                    if cast is not None:
+                        array = pc.cast(array.dictionary_decode() if stored_text else array, cast)
+                    yield array
         except (pa.ArrowInvalid, OSError) as error:
             raise _damaged(self.path, error) from error
 
@@ -212,7 +218,8 @@ def _plain(kind: Any) -> Any:
     if pa.types.is_dictionary(kind) and pa.types.is_string_view(kind.value_type):
         return pa.dictionary(kind.index_type, pa.large_string())
     if pa.types.is_large_list(kind) or pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.large_list(_plain(kind.value_type))
+        inner = _plain(kind.value_type)
+        return pa.large_list(inner.value_type if pa.types.is_dictionary(inner) else inner)
     return kind
 
 
@@ -291,7 +298,9 @@ def _from_parquet(paths: list[Path], name: str) -> Source:
                     f"{path}: column {column!r} is {found.get(column, 'missing')}, but {paths[0]} has it as {kind}; "
                     "write all files with one schema"
                 )
-        parts.append(_Part(str(path), metadata.num_rows, path=path, metadata=metadata))
+        texts = {n for n, kind in found.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)}
+        casts = {n: kind for n, kind in found.items() if pa.types.is_large_list(kind)}
+        parts.append(_Part(str(path), metadata.num_rows, path=path, metadata=metadata, texts=texts, casts=casts))
     return Source(name, types, parts, sum(p.num_rows for p in parts))
 
 
@@ -315,12 +324,13 @@ def _convert_csv(paths: list[Path], delimiter: str, folder: Path) -> tuple[list[
             raise DataError(f"{path}: {_csv_problem(error)}") from error
     types = {n: t.type for n, t in texts.items()}
     casts = {n: t for n, t in types.items() if t != pa.string()}
-    return [_Part(str(p), rows, path=t, casts=casts) for p, t, rows in written], types
+    return [_Part(str(p), rows, path=t, texts=types, casts=casts) for p, t, rows in written], types
 
 
 def _csv_header(path: Path, delimiter: str) -> list[str]:
-    options = pacsv.ReadOptions(use_threads=False)
-    with pacsv.open_csv(path, options, pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)) as reader:
+    with pacsv.open_csv(
+        path, pacsv.ReadOptions(block_size=_CSV_BLOCK), pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    ) as reader:
         names: list[str] = reader.schema.names
     return names
 
@@ -335,7 +345,7 @@ def _csv_to_parquet(path: Path, delimiter: str, target: Path, texts: Mapping[str
     )
     schema = pa.schema([(n, pa.string()) for n in texts])
     parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    read = pacsv.ReadOptions(block_size=1 << 24)
+    read = pacsv.ReadOptions(block_size=_CSV_BLOCK)
     with (
         pacsv.open_csv(path, read, parse, convert) as reader,
         pq.ParquetWriter(target, schema, compression="lz4") as writer,

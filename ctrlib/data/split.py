@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,10 @@ def split_rows(
         DataError: shares that do not sum to 1, fewer rows than parts, no time column, or a row without a time.
     """
     shares = np.array(list(fractions.values()))
-    if (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9:
+    if not ((shares > 0).all() and abs(shares.sum() - 1) <= 1e-9):
         raise DataError(f"the split shares are {list(fractions.values())}; expected positive numbers that sum to 1")
+    if by not in get_args(SplitBy):
+        raise DataError(f"the split is by {by!r}; expected one of {', '.join(get_args(SplitBy))}")
     if by == "time" and time is None:
         raise DataError(
             "a split by time needs a time column; name it in the schema or with --time, or split by order or random"
@@ -63,6 +65,8 @@ def split_rows(
 def _times(table: Source, time: str) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
     table.require([time], ", the time column")
     values = table.column(time)
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
     if values.null_count:
         row = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
         raise DataError(f"column {time!r}, {table.locate(row)}: the time is missing; fill it in, or split by order or random")
@@ -72,6 +76,6 @@ def _times(table: Source, time: str) -> npt.NDArray[np.float64] | npt.NDArray[np
         times: npt.NDArray[np.int64] = order[encoded.indices.to_numpy(zero_copy_only=False)]
         return times
     if pa.types.is_temporal(values.type):
-        values = pc.cast(pc.cast(values, pa.timestamp("us")), pa.int64())
+        values = values.view(pa.int32() if values.type.bit_width == 32 else pa.int64())
     result: npt.NDArray[np.float64] = values.to_numpy(zero_copy_only=False)
     return result

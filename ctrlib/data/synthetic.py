@@ -6,7 +6,7 @@ The law: every field is drawn independently from a finite distribution (a missin
 
 Effects and both factors of every interaction have mean zero under their field's distribution. So the mean of an interaction
 given the value of either of its fields is exactly zero: a first-order model cannot see it, and what precedes the second sum is
-the best additive approximation of the logit. Fields of high cardinality carry no signal; they are realistic noise.
+the best additive approximation of the logit in mean square. Fields of high cardinality carry no signal; they are noise.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Truth:
 
     Attributes:
         probability: [N] the true probability that the label is 1.
-        additive_logit: [N] bias + first-order effects: the best that a model without interactions can do.
+        additive_logit: [N] bias + first-order effects: the additive function nearest to the logit in mean square.
     """
 
     probability: Floats
@@ -222,7 +222,7 @@ def write_splits(folder: str | Path, rows: int, seed: int = 0) -> dict[str, dict
 
     Returns:
         For each split: ``rows``, ``label_rate``, ``bayes_auc`` and ``bayes_log_loss`` (of the true probabilities), and
-        ``additive_auc`` (of the best model without interactions).
+        ``additive_auc`` (of the additive logit).
 
     Raises:
         DataError: fewer than 10 rows.

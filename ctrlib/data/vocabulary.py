@@ -36,19 +36,27 @@ def as_keys(array: Any, kind: Any, describe: Callable[[int], str]) -> Any:
     Args:
         describe: the place of a row, for errors, e.g. ``"column 'C1', part-0.parquet, row 17"``.
     """
+    if pa.types.is_nested(array.type):
+        raise DataError(f"{describe(0)}: the column holds {array.type}, not single values; declare the field as a sequence")
+    if pa.types.is_floating(array.type):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
     encoded = array if isinstance(array, pa.DictionaryArray) else array.dictionary_encode()
+    if encoded.dictionary.null_count:
+        encoded = encoded.dictionary_decode().dictionary_encode()
     values = encoded.dictionary
     try:
         keys = _exact(values, kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         bad = next((i for i in range(len(values)) if not _castable(values.slice(i, 1), kind)), 0)
         row = pc.index(encoded.indices, pa.scalar(bad, encoded.indices.type)).as_py()
-        wanted = "an integer id" if kind == pa.int64() else "text"
+        if row < 0:  # the value belongs to other rows than these
+            return as_keys(encoded.dictionary_decode(), kind, describe)
+        wanted = "an integer id" if kind == pa.int64() else "text or an integer id"
         raise DataError(
-            f"{describe(max(row, 0))}: {values[bad].as_py()!r} is not {wanted}; "
+            f"{describe(row)}: {values[bad].as_py()!r} is not {wanted}; "
             "give the column the type it had in the training rows, or declare the field dense"
         ) from error
-    return pa.DictionaryArray.from_arrays(encoded.indices, keys)
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), keys)
 
 
 def _castable(value: Any, kind: Any) -> bool:
@@ -60,13 +68,25 @@ def _castable(value: Any, kind: Any) -> bool:
 
 
 def _exact(values: Any, kind: Any) -> Any:
-    if values.type == pa.uint64():  # the same 64 bits: 2^64 distinct values stay distinct
-        values = pa.array(values.to_numpy(zero_copy_only=False).view(np.int64))
+    if kind == pa.int64() and (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return _integers_in_text(values)
+    if values.type == pa.uint64() and kind == pa.int64():  # the same 64 bits: 2^64 distinct values stay distinct
+        values = values.view(pa.int64())
     elif pa.types.is_floating(values.type):  # pandas turns integer columns with gaps into floats
         if pc.any(pc.greater_equal(pc.abs(values), _EXACT_FLOATS)).as_py():
             raise pa.ArrowInvalid("a float this large may stand for several integers")
         values = pc.cast(values, pa.int64())
     return values if values.type == kind else pc.cast(values, kind)
+
+
+def _integers_in_text(texts: Any) -> Any:
+    try:
+        integers = pc.cast(texts, pa.int64())
+    except pa.ArrowInvalid:
+        integers = pc.cast(texts, pa.uint64())
+    if not pc.all(pc.equal(pc.cast(integers, texts.type), texts), min_count=0).as_py():
+        raise pa.ArrowInvalid("007 and 0x7 are codes, not the number 7")
+    return integers.view(pa.int64())
 
 
 def _mix(x: Hashes) -> Hashes:

@@ -84,7 +84,7 @@ def test_dcn_is_the_paper_formula(version: Literal[1, 2]) -> None:
     model = cast(CTRModel, awake(make(config)))
     block, deep = cast(nn.ModuleList, model.interaction.streams)
     if version == 1:
-        weights = [numbers(w.weight)[0] for w in cast(nn.ModuleList, block.weights)]
+        weights = [numbers(cast(nn.Linear, w).weight)[0] for w in cast(nn.ModuleList, block.weights)]
         biases = [numbers(b) for b in cast(nn.ParameterList, block.biases)]
     else:
         weights, biases = map(list, zip(*layers(block), strict=True))
