@@ -38,12 +38,12 @@ Seed = Annotated[int, typer.Option(help="Seed of initial weights, dropout, row o
 
 
 def main() -> None:
-    """Run the command line; a bad option or bad data is one line on standard error and exit status 2."""
+    """Run the command line; a bad option, bad data or a full disk is one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     tune_cpu()
     try:
         app()
-    except (DataError, ConfigError, FloatingPointError) as error:
+    except (DataError, ConfigError, FloatingPointError, OSError) as error:  # OSError: the disk is full, and the like
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -194,7 +194,9 @@ def run(
     for metric in ("auc", "log_loss"):
         found, published = results["test"][metric], results["published"].get(metric)
         print(f"test {metric:<9} {found['mean']:.6f} ± {found['std']:.6f} over {seeds} seeds (published {published})")
-    print(f"{results['note']}; results: {folder / 'results.json'}")
+    if results["note"]:
+        print(f"note: {results['note']}")
+    print(f"results: {folder / 'results.json'}")
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ Table = Mapping[str, type[Component]]
 def positive(name: str, *values: float) -> None:
     """Raise :class:`ConfigError` unless every value is above zero."""
     for value in values:
-        if value <= 0:
+        if not value > 0:  # also NaN
             raise ConfigError(f"{name} is {value}; expected a number above 0")
 
 
@@ -88,8 +88,10 @@ def from_json(data: object, expected: type[C], table: Table, path: str = "config
     options = dict(data)
     name = options.pop("type", None)
     cls: type[Any] = expected
+    if name is None and getattr(cls, "component", None) not in (None, *table.values()):
+        raise ConfigError(f"{path} has no type; expected the name of a {expected.__qualname__.removesuffix('.Config')}")
     if name is not None:
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             raise ConfigError(f"{path}.type is {name!r}, which is unknown{suggest(str(name), table)}")
         cls = table[name].Config
         if not issubclass(cls, expected):
@@ -99,6 +101,9 @@ def from_json(data: object, expected: type[C], table: Table, path: str = "config
     for option in options:
         if option not in names:
             raise ConfigError(f"{path} has no option {option!r}{suggest(option, names)}")
+    for f in dataclasses.fields(cls):
+        if f.name not in options and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path} lacks the option {f.name!r}, which has no default")
     return typing.cast(C, cls(**{k: _convert(v, hints[k], table, f"{path}.{k}") for k, v in options.items()}))
 
 
@@ -134,13 +139,15 @@ def _is_nested(value: object) -> bool:
     return dataclasses.is_dataclass(value) or (isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)))
 
 
-def _set(config: Any, steps: list[str], text: str, table: Table, path: str) -> Any:
+def _set(config: Any, steps: list[str], text: str, table: Table, path: str, items: Any = None) -> Any:
+    """``config`` with one option set; ``items`` is the annotation of its items where it is a tuple."""
     step, rest = steps[0], steps[1:]
     if isinstance(config, tuple):
         if not step.isdigit() or int(step) >= len(config):
             raise ConfigError(f"{path}: {step!r} is not a position; expected 0 to {len(config) - 1}")
         at = int(step)
-        return (*config[:at], _set(config[at], rest, text, table, path), *config[at + 1 :])
+        item = _set(config[at], rest, text, table, path) if rest else _convert(_parse(text), items, table, path)
+        return (*config[:at], item, *config[at + 1 :])
     if isinstance(config, Mapping) and not rest:
         return {**config, step: _parse(text)}
     names = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
@@ -155,7 +162,9 @@ def _set(config: Any, steps: list[str], text: str, table: Table, path: str) -> A
     elif rest:
         if not _is_nested(current):
             raise ConfigError(f"there is no option {path!r}: {step} is {current!r} and has no options of its own")
-        value = _set(current, rest, text, table, path)
+        options = [hint, *typing.get_args(hint)]  # a tuple, or a tuple or None
+        items = next((typing.get_args(a)[0] for a in options if typing.get_origin(a) is tuple), None)
+        value = _set(current, rest, text, table, path, items)
     else:
         value = _convert(_parse(text), hint, table, path)
     return dataclasses.replace(config, **{step: value})

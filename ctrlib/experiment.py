@@ -53,21 +53,33 @@ class RunConfig:
     Args:
         model: see :mod:`ctrlib.models.presets`.
         fit: see :class:`~ctrlib.training.FitConfig`.
-        batch_size: training rows a step.
+        batch_size: training rows a step; ``None``: about 1/256 of the rows, a power of two from 256 to 4096.
+        ridge: strength of a Gaussian prior on all weights, (ridge/2)·‖w‖² over the whole of the training rows: adds ridge/rows
+            to ``fit.optimizer.embedding_l2`` and ``net_l2``, and so means the same for little data and for much. 0: none.
         device: ``auto`` takes a CUDA GPU where there is one.
         workers: threads that prepare batches; the batches do not depend on it.
     """
 
     model: ModelComponent.Config
     fit: FitConfig = field(default_factory=FitConfig)
-    batch_size: int = 4096
+    batch_size: int | None = None
+    ridge: float = 100.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
 
     def __post_init__(self) -> None:
-        positive("batch_size", self.batch_size)
+        if self.batch_size is not None:
+            positive("batch_size", self.batch_size)
+        check_not_negative("ridge", self.ridge)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         check_not_negative("workers", self.workers)
+
+    def for_rows(self, rows: int) -> RunConfig:
+        """The same with ``batch_size`` and the L2 settled for so many training rows (and ``ridge`` 0, since it is in them)."""
+        batch_size = self.batch_size or min(max(2 ** round(math.log2(max(rows / 256, 1))), 256), 4096)
+        optimizer, prior = self.fit.optimizer, self.ridge / rows
+        optimizer = replace(optimizer, embedding_l2=optimizer.embedding_l2 + prior, net_l2=optimizer.net_l2 + prior)
+        return replace(self, batch_size=batch_size, ridge=0.0, fit=replace(self.fit, optimizer=optimizer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +110,11 @@ class DataOptions:
     def __post_init__(self) -> None:
         _check_seed(self.seed)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """``label`` as a tuple; empty if none is named."""
+        return (self.label,) if isinstance(self.label, str) else self.label or ()
+
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:  # what NumPy takes
@@ -110,17 +127,16 @@ def resolve_schema(table: Source, options: DataOptions) -> Schema:
     Raises:
         DataError: neither a schema nor a label, or columns that the table lacks.
     """
-    labels = (options.label,) if isinstance(options.label, str) else options.label
     roles = {role: value for role in ("group", "time", "weight") if (value := getattr(options, role)) is not None}
     if options.schema is None:
-        if not labels:
+        if not options.labels:
             raise DataError(f"which column of {table.name} is the label? name it (--label) or give a schema (--schema)")
-        schema = Schema.infer(table, labels, **roles)
+        schema = Schema.infer(table, options.labels, **roles)
         for name, reason in schema.ignored.items():
             _log.info("column %r is not used: %s", name, reason)
     else:
         schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
-        schema = replace(schema, labels=labels or schema.labels, **roles)
+        schema = replace(schema, labels=options.labels or schema.labels, **roles)
     _require(table, schema)
     return schema
 
@@ -156,6 +172,8 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
         for name in cut:
             if not 0 < options.shares[name] <= 1:
                 raise DataError(f"the share of {name} rows is {options.shares[name]:g}; expected above 0, and at most 1")
+        if not abs(sum(options.shares.values()) - 1) <= 1e-9:
+            raise DataError(f"the shares are {', '.join(map(str, options.shares.values()))}; expected numbers that sum to 1")
         total = sum(options.shares[name] for name in cut)
         shares = {name: options.shares[name] / total for name in cut}
         parts = split_rows(table, shares, by=options.split, time=schema.time, seed=options.seed)
@@ -196,7 +214,7 @@ def train(
         data: raw rows, see :func:`prepare`, or the folder of a store (or a :class:`~ctrlib.data.store.Store`).
         config: see :func:`configure`.
         out: folder of the new run: ``artifact/``, ``config.json``, ``history.jsonl``, ``metrics.json``.
-        options: see :class:`DataOptions`; of a store, only ``schema`` is looked at.
+        options: see :class:`DataOptions`; a store is compared with what they name, and has splits of its own.
         name: of the model, for the report.
         seed: of initial weights, dropout and the order of rows.
 
@@ -244,6 +262,8 @@ def _train(
     if "train" not in store.rows:
         raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
     encoder, labels = store.encoder, store.encoder.schema.labels
+    config = config.for_rows(store.rows["train"])
+    assert config.batch_size is not None
     _write_json(part / "config.json", _run_config(name, seed, config))
 
     seed_everything(seed)
@@ -284,11 +304,22 @@ def _run_config(name: str, seed: int, config: RunConfig) -> dict[str, Any]:
 
 def _open(data: object, scratch: Path, options: DataOptions) -> Store:
     if isinstance(data, Store):
-        return data
-    if isinstance(data, str | Path) and Store.is_store(data):
+        store = data
+    elif isinstance(data, str | Path) and Store.is_store(data):
         schema = Schema.load(options.schema) if isinstance(options.schema, str | Path) else options.schema
-        return Store.open(data, schema=schema)
-    return prepare(data, scratch, options)
+        store = Store.open(data, schema=schema)
+    else:
+        return prepare(data, scratch, options)
+    if options.valid is not None or options.test is not None:
+        raise DataError(f"store {store.path} has splits of its own ({', '.join(store.rows)}); leave valid and test out")
+    has = store.encoder.schema
+    roles = ("group", "time", "weight")
+    asked = {"label": options.labels or None, **{role: getattr(options, role) for role in roles}}
+    found = {"label": has.labels, **{role: getattr(has, role) for role in roles}}
+    for role, value in asked.items():
+        if value is not None and value != found[role]:
+            raise DataError(f"store {store.path} was prepared with {role} {found[role]!r}, not {value!r}; prepare it again")
+    return store
 
 
 def _device(name: str) -> torch.device:
@@ -440,12 +471,13 @@ def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_s
         target.mkdir(parents=True, exist_ok=True)
         prepare(str(folder / "train.parquet"), store_path, options)
     store = Store.open(store_path)
+    settings = experiment.config.for_rows(store.rows["train"])
     runs: list[dict[str, Any]] = []
     for seed in range(first_seed, first_seed + seeds):
         folder = target / f"seed-{seed}"
         if (folder / "metrics.json").is_file():
             done = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if done != json.loads(_json_text(_run_config(experiment.name, seed, experiment.config))):
+            if done != json.loads(_json_text(_run_config(experiment.name, seed, settings))):
                 raise DataError(f"{folder} was run with other settings than {file} has now; choose another --out or remove it")
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
         else:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 Side = Literal["context", "candidate"]
 NumericEncoding = Literal["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
@@ -39,6 +39,16 @@ def _check_vocabulary_options(name: str, min_count: int, max_size: int | None, h
             raise DataError(f"field {name!r}: {option} is {value}; expected 1 or more, or null for no limit")
     if hash_size is not None and (max_size is not None or min_count > 1):
         raise DataError(f"field {name!r}: hash_size learns no vocabulary; remove min_count and max_size, or hash_size")
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """The types that an annotation of a field option allows; names of choices are text."""
+    args = get_args(hint)
+    return (str,) if args and isinstance(args[0], str) else args or (hint,)
 
 
 def _check_choice(name: str, option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -171,18 +181,23 @@ class Schema:
             if name in seen:
                 raise DataError(f"the schema names column {name!r} twice; a column is one field, or one label")
             seen.add(name)
-        if self.weight in names:
-            raise DataError(f"column {self.weight!r} is the row weight and also a field; remove one of the two")
+        if self.weight in seen:
+            raise DataError(f"column {self.weight!r} is the row weight and also a field or label; remove one of the two")
         by_name = {f.name: f for f in self.fields}
         for f in self.fields:
-            shares = None if isinstance(f, DenseField) else f.shares
-            if shares is None:
+            if isinstance(f, DenseField) or f.shares is None:
                 continue
+            shares = f.shares
             other = by_name.get(shares)
             if other is None or isinstance(other, DenseField) or other.name == f.name:
                 raise DataError(
                     f"field {f.name!r} shares the vocabulary of {shares!r}, which is not another sparse or sequence "
                     f"field{suggest(shares, (n for n in names if n != f.name))}"
+                )
+            if (f.min_count, f.max_size, f.hash_size) != (1, None, None):
+                raise DataError(
+                    f"field {f.name!r} shares the vocabulary of {shares!r}, so its own min_count, max_size and hash_size "
+                    f"mean nothing; set them on {shares!r} only"
                 )
             if other.shares is not None:
                 raise DataError(f"field {f.name!r} shares with {shares!r}, which itself shares with {other.shares!r}")
@@ -257,8 +272,18 @@ class Schema:
         for key in data:
             if key not in known:
                 raise DataError(f"schema: unknown key {key!r}{suggest(key, known)}")
+        entries, labels, ignored = data.get("fields", []), data.get("labels", []), data.get("ignored", {})
+        if not _is_list_of(Mapping, entries):
+            raise DataError(f"schema: fields is {entries!r:.80}; expected a list of objects with name and kind")
+        if not _is_list_of(str, labels):
+            raise DataError(f"schema: labels is {labels!r:.80}; expected a list of column names")
+        if not isinstance(ignored, Mapping):
+            raise DataError(f"schema: ignored is {ignored!r:.80}; expected an object of reasons by column name")
+        for key in ("group", "time", "weight"):
+            if not isinstance(data.get(key), str | None):
+                raise DataError(f"schema: {key} is {data[key]!r:.80}; expected a column name or null")
         parsed: list[Field] = []
-        for entry in data.get("fields", ()):
+        for entry in entries:
             options = dict(entry)
             kind = options.pop("kind", None)
             if not isinstance(kind, str) or kind not in _KINDS:
@@ -268,20 +293,23 @@ class Schema:
                 )
             if "name" not in options:
                 raise DataError(f"schema: a {kind} field has no name")
-            allowed = [f.name for f in fields(_KINDS[kind])]
-            for option in options:
+            allowed = get_type_hints(_KINDS[kind])
+            for option, value in options.items():
                 if option not in allowed:
                     raise DataError(
                         f"schema: field {options['name']!r} ({kind}) has no option {option!r}{suggest(option, allowed)}"
                     )
+                if type(value) not in _types(allowed[option]):
+                    wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _types(allowed[option]))
+                    raise DataError(f"schema: field {options['name']!r}: {option} is {value!r}; expected {wanted}")
             parsed.append(_KINDS[kind](**options))
         return cls(
             fields=tuple(parsed),
-            labels=tuple(data.get("labels", ())),
+            labels=tuple(labels),
             group=data.get("group"),
             time=data.get("time"),
             weight=data.get("weight"),
-            ignored=dict(data.get("ignored", {})),
+            ignored=dict(ignored),
         )
 
     def save(self, path: str | Path) -> None:

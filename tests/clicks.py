@@ -81,3 +81,14 @@ def write(folder: Path) -> Path:
         pq.write_table(table, folder / f"{name}.parquet")
     SCHEMA.save(folder / "schema.json")
     return folder
+
+
+def csv_text(table: Any) -> str:
+    """CSV written by hand: lists joined by ``|``, nothing for a missing value."""
+
+    def cell(value: object) -> str:
+        return "" if value is None else "|".join(value) if isinstance(value, list) else repr(value).strip("'")
+
+    lines = [",".join(table.column_names)]
+    lines += [",".join(cell(v) for v in row.values()) for row in table.to_pylist()]
+    return "\n".join(lines) + "\n"

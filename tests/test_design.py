@@ -110,4 +110,3 @@ def _blocks() -> list[tuple[str, str]]:
 def test_documented_code_runs(name: str, code: str, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, f"{name}:\n{result.stderr}"
-

@@ -36,6 +36,8 @@ class Loader:
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; expected 1 or more")
+        if workers < 0:
+            raise DataError(f"workers is {workers}; expected 0 (none) or more")
         self.epoch = 0
         self._split = split
         self._batch_size = batch_size

@@ -111,8 +111,9 @@ class Quantiles:
         ordered = np.where(bits & sign, ~bits, bits | sign)  # unsigned integers in the order of the floats
         keys, counts = np.unique(self._round(ordered), return_counts=True)
         self._merge(np.concatenate([self._keys, keys]), np.concatenate([self._counts, counts]))
-        while len(self._keys) > _MAX_DISTINCT:
-            self._dropped_bits += 1
+        if len(self._keys) > _MAX_DISTINCT:
+            widths = _bit_length(self._keys[1:] ^ self._keys[:-1])  # neighbours are one when as many bits are dropped
+            self._dropped_bits = int(np.partition(widths, -_MAX_DISTINCT)[-_MAX_DISTINCT])
             self._merge(self._round(self._keys), self._counts)
 
     def _round(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -120,9 +121,11 @@ class Quantiles:
         return (keys >> shift) << shift
 
     def _merge(self, keys: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64]) -> None:
-        self._keys, inverse = np.unique(keys, return_inverse=True)
-        self._counts = np.zeros(len(self._keys), np.int64)
-        np.add.at(self._counts, inverse, counts)
+        if len(keys):
+            order = np.argsort(keys, kind="stable")  # quick: two sorted runs
+            keys, counts = keys[order], counts[order]
+            first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+            self._keys, self._counts = keys[first], np.add.reduceat(counts, first)
 
     def edges(self, num_bins: int) -> tuple[float, ...]:
         """Distinct quantiles at 0, 1/num_bins, …, 1: at most ``num_bins`` + 1 of them, rising."""
@@ -133,6 +136,13 @@ class Quantiles:
         cumulative = np.cumsum(self._counts)
         ranks = np.arange(num_bins + 1) * (cumulative[-1] - 1) // num_bins
         return tuple(float(v) for v in np.unique(values[np.searchsorted(cumulative, ranks, side="right")]))
+
+
+def _bit_length(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    high = x >> np.uint64(32)  # in halves, since a double has 53 bits
+    return np.where(
+        high > 0, 32 + np.frexp(high.astype(np.float64))[1], np.frexp((x & np.uint64(0xFFFFFFFF)).astype(np.float64))[1]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,10 @@ class _Writer:
         self._digest.update(data.data)
         self._file.write(data.data)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> None:
         self._file.close()
+
+    def entry(self) -> dict[str, Any]:
         return {**self._entry, "sha256": self._digest.hexdigest()}
 
 
@@ -103,8 +106,10 @@ class Store:
             manifest = {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits}
             (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             part.rename(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise DataError(f"{part}: cannot be written ({error.strerror}); free some space or choose another") from error
             raise
         return cls.open(target, verify=False)
 
@@ -125,23 +130,26 @@ class Store:
             raise DataError(f"{folder} is not a prepared store (no manifest.json); make one with: ctrlib prepare")
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"store {folder}: manifest.json is damaged ({error}); prepare it again") from error
-        if manifest.get("format") != _FORMAT:
-            raise DataError(
-                f"store {folder} has format {manifest.get('format')}; this version reads {_FORMAT}: prepare it again"
-            )
-        encoder = Encoder.load(folder)
-        if encoder.hash != manifest["encoder_hash"]:
-            raise DataError(f"store {folder} was encoded by another encoder than the one beside it; prepare it again")
-        if schema is not None and schema.to_json() != encoder.schema.to_json():
-            raise DataError(
-                f"store {folder} was made with another schema ({_difference(schema, encoder.schema)}); prepare it again"
-            )
-        for name, split in manifest["splits"].items():
-            _check_sources(folder, name, split["sources"])
-            for file, entry in split["files"].items():
-                _check_file(folder / name / file, entry, verify)
+            found = manifest["format"]
+            if found != _FORMAT:
+                raise DataError(f"store {folder} has format {found}; this version reads {_FORMAT}: prepare it again")
+            encoder = Encoder.load(folder)
+            if encoder.hash != manifest["encoder_hash"]:
+                raise DataError(f"store {folder} was encoded by another encoder than the one beside it; prepare it again")
+            if schema is not None and schema.to_json() != encoder.schema.to_json():
+                raise DataError(
+                    f"store {folder} was made with another schema ({_difference(schema, encoder.schema)}); prepare it again"
+                )
+            for name, split in manifest["splits"].items():
+                _check_sources(folder, name, split["sources"])
+                for file, entry in split["files"].items():
+                    _check_file(folder / name / file, entry, verify)
+                if split["files"]["sparse.bin"]["rows"] != split["rows"]:
+                    raise DataError(f"store {folder}: manifest.json counts the rows of {name} in two ways; prepare it again")
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"store {folder}: manifest.json is damaged ({error!r}); prepare it again") from error
         return cls(folder, encoder, manifest)
 
     def split(self, name: str) -> Split:
@@ -187,19 +195,20 @@ def _write_split(folder: Path, encoder: Encoder, source: Source) -> dict[str, An
         if array is not None:
             if file not in writers:
                 writers[file] = _Writer(folder / file)
+                files.callback(writers[file].close)
             writers[file].append(array)
 
     ends = [0] * len(encoder.layout.sequences)
-    for i in range(len(ends)):
-        append(f"offsets-{i}.bin", np.zeros(1, np.int64))
-    with track(f"encode {folder.name}", source.num_rows) as bar:
+    with ExitStack() as files, track(f"encode {folder.name}", source.num_rows) as bar:
+        for i in range(len(ends)):
+            append(f"offsets-{i}.bin", np.zeros(1, np.int64))
         for block in encoder.encode(source):
             _append_block(block, encoder, ends, append)
             bar.advance(len(block.sparse))
     return {
         "rows": source.num_rows,
         "sources": source.fingerprint(),
-        "files": {file: writer.close() for file, writer in writers.items()},
+        "files": {file: writer.entry() for file, writer in writers.items()},
     }
 
 

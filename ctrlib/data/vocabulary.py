@@ -40,9 +40,11 @@ def as_keys(array: Any, kind: Any, describe: Callable[[int], str]) -> Any:
         raise DataError(f"{describe(0)}: the column holds {array.type}, not single values; declare the field as a sequence")
     if pa.types.is_floating(array.type):
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+    if isinstance(array, pa.DictionaryArray) and array.dictionary.null_count:
+        array = array.dictionary_decode()
+    if pa.types.is_null(array.type):
+        array = array.cast(kind)
     encoded = array if isinstance(array, pa.DictionaryArray) else array.dictionary_encode()
-    if encoded.dictionary.null_count:
-        encoded = encoded.dictionary_decode().dictionary_encode()
     values = encoded.dictionary
     try:
         keys = _exact(values, kind)

@@ -44,7 +44,7 @@ def frappe(
     fit = FitConfig(optimizer=optimizer, monitor=monitor, precision=precision)
     return Experiment(
         name=f"frappe/{name}",
-        config=RunConfig(model=model, fit=fit, batch_size=4096),
+        config=RunConfig(model=model, fit=fit, batch_size=4096, ridge=0.0),
         data=data,
         published=published,
         note="; ".join(filter(None, ["train negatives re-drawn", "bf16 autocast" if precision == "bf16" else "", note])),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ctrlib.batch import Batch, Ragged
+from ctrlib.batch import Batch, Ragged, embedding_parameters
 from ctrlib.config import from_json, to_json
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
@@ -70,6 +70,7 @@ def make(config: ModelComponent.Config, layout: BatchLayout = LAYOUT, seed: int 
 def awake(model: ModelComponent) -> ModelComponent:
     """The model with all parameters but padding rows moved: what starts at zero may hold back its neighbour's gradient."""
     torch.manual_seed(2)
+    tables = {id(table) for table in embedding_parameters(model)}
     for p in model.parameters():
-        p.data += 0.3 * torch.randn_like(p) * (p != 0 if p.ndim == 2 and len(p) > 20 else 1)
+        p.data += 0.3 * torch.randn_like(p) * ((p != 0) if id(p) in tables else 1)
     return model

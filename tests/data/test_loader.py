@@ -1,0 +1,196 @@
+"""Batches: every row once an epoch, the same for any number of workers, mixed as a full shuffle mixes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ctrlib.batch import Batch
+from ctrlib.data.encoder import Encoder
+from ctrlib.data.loader import Loader
+from ctrlib.data.source import open_source
+from ctrlib.data.store import Split, Store
+from ctrlib.schema import DataError, DenseField, Schema, SequenceField, SparseField
+
+N = 103
+BAGS = [[f"t{(i * 7 + k) % 11}" for k in range(i % 5)] for i in range(N)]
+
+
+def build(folder: Path, labels: list[int]) -> Split:
+    n = len(labels)
+    data = pa.table(
+        {
+            "y": labels,
+            "row": pa.array(np.arange(n, dtype=np.float64)),
+            "id": np.arange(n),
+            "bag": [BAGS[i % N] for i in range(n)],
+            "w": np.arange(n) / n,
+            "g": np.arange(n) // 3 + 2**60,
+        }
+    )
+    fields = (SparseField(name="id"), DenseField(name="row", encoding="minmax"), SequenceField(name="bag"))
+    source = open_source(data)
+    encoder = Encoder.fit(Schema(fields=fields, labels=("y",), weight="w", group="g"), source)
+    return Store.create(folder / "store", encoder, {"train": source}).split("train")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return build(tmp_path_factory.mktemp("loader"), [i % 2 for i in range(N)])
+
+
+def rows(batch: Batch) -> list[int]:
+    """Row numbers: equal counts give ids by value, so that id − 2 is the row."""
+    return [i - 2 for i in batch.sparse[:, 0].tolist()]
+
+
+def orders(loader: Loader) -> list[list[int]]:
+    return [rows(batch) for batch in loader]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 10, 17, 50, 51, 102, 103, 104, 1000])
+def test_every_row_once(split: Split, batch_size: int, shuffle: bool) -> None:
+    loader = Loader(split, batch_size, shuffle=shuffle)
+    for _ in range(2):
+        batches = orders(loader)
+        flat = [r for batch in batches for r in batch]
+        assert sorted(flat) == list(range(N))
+        assert (flat == list(range(N))) is (not shuffle)
+        assert len(batches) == len(loader)
+        sizes = [len(b) for b in batches]
+        full, rest = divmod(N, batch_size)
+        want = [batch_size] * full + [rest] * (rest > 0)
+        if rest == 1 and full and batch_size > 1:
+            want[-2:] = [batch_size + 1]
+        assert sizes == want
+        assert loader.num_rows == N
+
+
+def test_a_last_single_row_joins(split: Split) -> None:
+    assert [len(b) for b in Loader(split, 51)] == [51, 52]
+    assert [len(b) for b in Loader(split, 102)] == [103]
+    assert [len(b) for b in Loader(split, 51, drop_last=True)] == [51, 51]
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 103, 104])
+def test_drop_last(split: Split, batch_size: int) -> None:
+    loader = Loader(split, batch_size, shuffle=True, drop_last=True)
+    batches = orders(loader)
+    assert [len(b) for b in batches] == [batch_size] * (N // batch_size)
+    assert len({r for b in batches for r in b}) == loader.num_rows == N // batch_size * batch_size
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_column_against_a_loop(split: Split, shuffle: bool) -> None:
+    tags = Counter(t for bag in BAGS for t in bag)
+    ids = {t: i + 2 for i, t in enumerate(sorted(tags, key=lambda t: (-tags[t], t)))}
+    for batch in Loader(split, 10, shuffle=shuffle, seed=3):
+        assert batch.labels is not None
+        assert batch.weight is not None
+        assert batch.group is not None
+        bag = batch.sequences["bag"]
+        assert bag.values.dtype == bag.offsets.dtype == torch.int32
+        for at, row in enumerate(rows(batch)):
+            assert batch.labels[at].tolist() == [row % 2]
+            assert batch.dense[at].tolist() == [np.float32(row / (N - 1))]
+            assert batch.weight[at].item() == np.float32(row / N)
+            assert batch.group[at].item() == row // 3 + 2**60
+            assert bag.values[bag.offsets[at] : bag.offsets[at + 1]].tolist() == [ids[t] for t in BAGS[row]]
+        assert len(bag.offsets) == len(batch) + 1
+
+
+def test_batches_own_their_memory(split: Split) -> None:
+    batch = next(iter(Loader(split, 10)))
+    before = split.sparse.clone()
+    batch.sparse.zero_()
+    assert torch.equal(split.sparse, before)
+
+
+def test_workers_change_nothing(split: Split) -> None:
+    want = [repr(b) for _ in range(2) for b in Loader(split, 9, shuffle=True, seed=5, workers=0)]
+    first = [repr(b) for b in Loader(split, 9, shuffle=True, seed=5, workers=0)]
+    assert want == first + first  # a new loader starts at epoch 0
+    for workers in (1, 2, 5, 50):
+        assert [repr(b) for b in Loader(split, 9, shuffle=True, seed=5, workers=workers)] == first
+
+
+def test_epochs_and_seeds(split: Split) -> None:
+    loader, again, other = (Loader(split, 9, shuffle=True, seed=s) for s in (1, 1, 2))
+    epochs = [orders(loader) for _ in range(4)]
+    assert [orders(again) for _ in range(4)] == epochs
+    others = [orders(other) for _ in range(4)]
+    assert len({repr(e) for e in epochs + others}) == 8
+    resumed = Loader(split, 9, shuffle=True, seed=1)
+    resumed.epoch = 2
+    assert orders(resumed) == epochs[2]
+    assert resumed.epoch == 3
+
+
+def test_the_global_generator_is_left_alone(split: Split) -> None:
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    list(Loader(split, 9, shuffle=True))
+    assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_stopping_early_leaves_no_thread(split: Split, workers: int) -> None:
+    before = set(threading.enumerate())
+    for _ in Loader(split, 5, shuffle=True, workers=workers):
+        break
+    iterator = iter(Loader(split, 5, workers=workers))
+    next(iterator)
+    del iterator
+    gc.collect()
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_in_a_worker_reaches_the_caller(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Loader, order: object, start: int, stop: int) -> Batch:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(Loader, "_batch", broken)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="disk gone"):
+        list(Loader(split, 5, workers=2))
+    assert set(threading.enumerate()) == before
+
+
+def test_bad_options(split: Split) -> None:
+    with pytest.raises(DataError, match="batch_size is 0"):
+        Loader(split, 0)
+    with pytest.raises(DataError, match="workers is -1"):
+        Loader(split, 5, workers=-1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sorted_labels_are_mixed_like_a_full_shuffle(seed: int, tmp_path: Path) -> None:
+    n, positives, size = 20_000, 6_000, 100
+    split = build(tmp_path, [0] * (n - positives) + [1] * positives)
+    found = []
+    seen = []
+    for batch in Loader(split, size, shuffle=True, seed=seed):
+        assert batch.labels is not None
+        found.append(int(batch.labels.sum()))
+        seen += rows(batch)
+    assert sorted(seen) == list(range(n))
+    # positives of a batch of a full shuffle are hypergeometric: mean 30, variance 21 · (n − size)/(n − 1)
+    share = positives / n
+    variance = size * share * (1 - share) * (n - size) / (n - 1)
+    statistic = sum((k - size * share) ** 2 for k in found) / variance
+    # Both tails: neither clumps of equal labels nor batches that are all alike. 1 % of chi-square with 199 degrees of
+    # freedom (200 batches of a fixed total) lies below the first number, 1 % above the second.
+    assert 155.5 < statistic < 248.3
+    # neighbours on disk do not stay near: mean distance of two random places is n/3
+    places = np.empty(n)
+    places[seen] = np.arange(n)
+    assert abs(np.abs(np.diff(places)).mean() - n / 3) < 4 * n / 18**0.5 / n**0.5

@@ -1,0 +1,120 @@
+"""Published configurations by name: all of them build, say where they come from, and survive JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+from torch import nn
+
+from ctrlib.config import Component, ConfigError, from_json, override, to_json
+from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.presets import COMPONENTS, PRESETS, Flavour, preset
+from ctrlib.schema import BatchLayout, SparseColumn
+from tests.models.small import LAYOUT, make, rows
+
+CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]
+every_preset = pytest.mark.parametrize(("name", "flavour"), CASES)
+
+
+@every_preset
+def test_builds_at_full_size(name: str, flavour: Flavour) -> None:
+    assert make(preset(name, flavour))(rows(3)).logits.shape == (3,)
+
+
+@every_preset
+def test_json_round_trip(name: str, flavour: Flavour) -> None:
+    config = preset(name, flavour)
+    text = json.dumps(to_json(config))
+    assert from_json(json.loads(text), ModelComponent.Config, COMPONENTS) == config
+
+
+def types(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "type" in node:
+            yield node["type"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from types(item)
+
+
+def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    sub: type[Any]
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses(sub)
+
+
+def test_components_are_those_of_the_library() -> None:
+    used = {name for case in CASES for name in types(to_json(preset(*case)))}
+    assert used <= set(COMPONENTS)
+    assert all(COMPONENTS[name].__name__ == name for name in COMPONENTS)
+    # Every component with a config of its own, presets or not; the abstract ones have no forward of their own to build.
+    own = {c for c in subclasses(Component) if c.__module__.startswith("ctrlib.") and "forward" in vars(c)}
+    loaded = {c.__name__ for c in own if "Config" in vars(c) and not getattr(c, "__abstractmethods__", None)}
+    assert set(COMPONENTS) == loaded
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+    p = PRESETS[name]
+    assert p.description
+    assert "arXiv:" in p.paper or "doi:" in p.paper
+    assert p.flavours[0] == "paper"
+    assert set(p.flavours) <= set(get_args(Flavour))
+    assert preset(name) == preset(name, "paper")
+    assert (p.make.__doc__ or "").strip()
+
+
+def test_flavours_differ_where_the_publications_do() -> None:
+    for name in set(PRESETS) - {"final_mlp"}:
+        configs = [preset(name, flavour) for flavour in PRESETS[name].flavours]
+        assert all(a != b for i, a in enumerate(configs) for b in configs[:i]), name
+    for name in PRESETS:
+        fuxictr = preset(name, "fuxictr")
+        assert fuxictr.weight_init == "xavier_normal"
+        assert fuxictr.embedding.init_std == 1e-4
+        assert fuxictr.embedding.dim == (1 if name == "lr" else 10)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match=r"no model 'autoin'; did you mean 'autoint'\? \(all: lr, fm, "):
+        preset("autoin")
+    with pytest.raises(ConfigError, match=r"no model 'zzz' \(all"):
+        preset("zzz")
+    with pytest.raises(ConfigError, match="'deepfm' has no flavour 'official'; expected one of paper, fuxictr"):
+        preset("deepfm", "official")
+
+
+CRITEO = BatchLayout(tuple(SparseColumn(f"C{i}", 3, f"C{i}") for i in range(39)))
+
+
+def parameters_without_tables(name: str, flavour: str) -> int:
+    model = build_model(preset(name, flavour), CRITEO)
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return sum(p.numel() for p in model.parameters()) - tables
+
+
+def test_autoint_has_the_parameters_of_its_paper() -> None:
+    # Table 3 has 3.9e4 on Criteo: 4·16·64 + 2·4·64·64 + 39·64 + 1. The released code adds biases and layer norms.
+    assert parameters_without_tables("autoint", "paper") == 39_361
+    assert parameters_without_tables("autoint", "official") == 40_513
+    # FuxiCTR: no residual matrix where the widths agree; 3·10·64 + 10·64 + 2·3·64·64 + 39·64 + 1.
+    assert parameters_without_tables("autoint", "fuxictr") == 29_633
+
+
+def test_autoint_plus_is_autoint_and_a_network() -> None:
+    network = 39 * 16 * 400 + 400 + 400 * 400 + 400 + 400 + 1
+    assert parameters_without_tables("autoint_plus", "paper") == 39_361 + network
+    assert parameters_without_tables("autoint_plus", "official") == 40_513 + network
+
+
+def test_options_by_path() -> None:
+    config = override(preset("deepfm"), {"interaction.streams.1.dropout": "0.1", "embedding.dims.user": "4"}, COMPONENTS)
+    changed = to_json(config)
+    assert changed["interaction"]["streams"][1]["dropout"] == 0.1
+    assert changed["embedding"]["dims"] == {"user": 4}
+    build_model(config, LAYOUT)

@@ -1,0 +1,214 @@
+"""Schemas: validation, JSON written and read back, and edited by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctrlib.schema import (
+    BatchLayout,
+    DataError,
+    DenseColumn,
+    DenseField,
+    Field,
+    FieldLayout,
+    Schema,
+    SequenceColumn,
+    SequenceField,
+    SparseColumn,
+    SparseField,
+    suggest,
+)
+
+FULL = Schema(
+    fields=(
+        SparseField(name="user", side="context", min_count=5, max_size=1000),
+        SparseField(name='Ünïcode "quoted"\n', hash_size=7),
+        SparseField(name="plain"),
+        DenseField(name="price", encoding="piecewise", num_bins=8, side="context"),
+        DenseField(name="count", encoding="criteo_log", min_count=2),
+        SequenceField(name="seen", ordered=True, pooling="max", max_length=50, shares="plain"),
+        SequenceField(name="tags", separator="|", max_size=9),
+    ),
+    labels=("click", "buy"),
+    group="user",
+    time="day",
+    weight="w",
+    ignored={"row": "all different", "ä": "constant"},
+)
+
+
+def entry(**options: Any) -> dict[str, Any]:
+    return {"labels": ["y"], "fields": [options]}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    for schema in (FULL, Schema(fields=(SparseField(name="x"),), labels=("y",)), Schema(fields=(), labels=("y",))):
+        schema.save(tmp_path / "schema.json")
+        assert Schema.load(tmp_path / "schema.json") == schema
+        assert Schema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+    assert [p.name for p in tmp_path.iterdir()] == ["schema.json"]
+
+
+def test_the_file_holds_one_field_a_line_without_defaults(tmp_path: Path) -> None:
+    FULL.save(tmp_path / "schema.json")
+    text = (tmp_path / "schema.json").read_text(encoding="utf-8")
+    assert '    {"name": "plain", "kind": "sparse"},\n' in text
+    assert '    {"name": "price", "kind": "dense", "side": "context", "encoding": "piecewise", "num_bins": 8},\n' in text
+    assert "Ünïcode" in text
+
+
+def test_columns_and_look_up() -> None:
+    assert FULL.columns == ("user", 'Ünïcode "quoted"\n', "plain", "price", "count", "seen", "tags", "click", "buy", "day", "w")
+    assert FULL["price"] == FULL.fields[3]
+    with pytest.raises(DataError, match="no field 'pric'; did you mean 'price'"):
+        FULL["pric"]
+    changed = FULL.with_fields(DenseField(name="price"), SparseField(name="tags"))
+    assert [f.name for f in changed.fields] == [f.name for f in FULL.fields]
+    assert (changed["price"], changed["tags"]) == (DenseField(name="price"), SparseField(name="tags"))
+    with pytest.raises(DataError, match="no field 'x'"):
+        FULL.with_fields(DenseField(name="x"))
+
+
+def test_suggestions() -> None:
+    assert suggest("min_cuont", ["min_count", "max_size"]) == "; did you mean 'min_count'?"
+    assert suggest("zzz", ["min_count"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"labels": ["y"], "feilds": []}, "unknown key 'feilds'; did you mean 'fields'"),
+        (
+            entry(name="x", kind="sparze"),
+            "field 'x' has kind 'sparze'; expected sparse, dense, sequence; did you mean 'sparse'",
+        ),
+        (entry(name="x"), "field 'x' has kind None"),
+        (entry(name="x", kind=["sparse"]), r"field 'x' has kind \['sparse'\]"),
+        (entry(kind="sparse"), "a sparse field has no name"),
+        (
+            entry(name="x", kind="sparse", min_cuont=2),
+            r"field 'x' \(sparse\) has no option 'min_cuont'; did you mean 'min_count'",
+        ),
+        (entry(name="x", kind="dense", max_size=2), r"field 'x' \(dense\) has no option 'max_size'"),
+        (entry(name="x", kind="sparse", min_count="5"), "field 'x': min_count is '5'; expected int"),
+        (entry(name="x", kind="sparse", min_count=2.0), "field 'x': min_count is 2.0; expected int"),
+        (entry(name="x", kind="sparse", min_count=True), "field 'x': min_count is True; expected int"),
+        (entry(name="x", kind="sparse", min_count=None), "field 'x': min_count is None; expected int"),
+        (entry(name="x", kind="sparse", max_size="5"), "field 'x': max_size is '5'; expected int or null"),
+        (entry(name="x", kind="sparse", shares=1), "field 'x': shares is 1; expected str or null"),
+        (entry(name="x", kind="sequence", ordered="yes"), "field 'x': ordered is 'yes'; expected bool"),
+        (entry(name="x", kind="sparse", side=1), "field 'x': side is 1; expected str"),
+        (entry(name=7, kind="sparse"), "name is 7; expected str"),
+        (entry(name="x", kind="sparse", side="ctx"), "side is 'ctx'; expected one of context, candidate"),
+        (entry(name="x", kind="dense", encoding="zscore"), "encoding is 'zscore'; expected one of standardize, log"),
+        (entry(name="x", kind="sequence", pooling="avg"), "pooling is 'avg'; expected one of mean, sum, max"),
+        ({"labels": "click", "fields": []}, "labels is 'click'; expected a list of column names"),
+        ({"labels": [1], "fields": []}, r"labels is \[1\]; expected a list of column names"),
+        ({"labels": ["y"], "fields": {"x": "sparse"}}, "fields is .*; expected a list of objects"),
+        ({"labels": ["y"], "fields": ["x"]}, "fields is .*; expected a list of objects"),
+        ({"labels": ["y"], "ignored": ["x"]}, "ignored is .*; expected an object"),
+        ({"labels": ["y"], "group": ["x"]}, r"group is \['x'\]; expected a column name or null"),
+        ({"fields": []}, "names no label"),
+        ({"labels": [], "fields": []}, "names no label"),
+    ],
+)
+def test_json_edited_by_hand(data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        Schema.load(tmp_path / "schema.json")
+
+
+def test_null_options_are_read() -> None:
+    data = {**entry(name="x", kind="sparse", max_size=None, shares=None), "group": None}
+    assert Schema.from_json(data) == Schema(fields=(SparseField(name="x"),), labels=("y",))
+
+
+def test_files_that_are_no_schema(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file"):
+        Schema.load(tmp_path / "none.json")
+    for content, message in (
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[]", "holds a list; expected an object"),
+    ):
+        (tmp_path / "s.json").write_bytes(content)
+        with pytest.raises(DataError, match=rf"s\.json: {message}"):
+            Schema.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (SparseField, {"min_count": 0}, "min_count is 0; expected 1"),
+        (SparseField, {"max_size": 0}, "max_size is 0"),
+        (SparseField, {"hash_size": 0}, "hash_size is 0"),
+        (SparseField, {"hash_size": 5, "min_count": 2}, "hash_size learns no vocabulary"),
+        (SequenceField, {"hash_size": 5, "max_size": 2}, "hash_size learns no vocabulary"),
+        (SequenceField, {"max_length": 0}, "max_length is 0"),
+        (SequenceField, {"separator": ""}, "separator is empty"),
+        (SequenceField, {"pooling": "avg"}, "pooling is 'avg'"),
+        (DenseField, {"num_bins": 1}, "num_bins is 1; expected 2 or more"),
+        (DenseField, {"min_count": 0}, "min_count is 0"),
+        (DenseField, {"encoding": "z"}, "encoding is 'z'"),
+        (DenseField, {"side": "z"}, "side is 'z'"),
+    ],
+)
+def test_options_of_fields(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"field 'x': {message}"):
+        kind(name="x", **options)
+
+
+X, D = SparseField(name="x"), DenseField(name="d")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ((X, X), {}, "names column 'x' twice"),
+        ((X, SequenceField(name="x")), {}, "names column 'x' twice"),
+        ((X, SparseField(name="y")), {}, "names column 'y' twice"),
+        ((X,), {"labels": ("y", "y")}, "names column 'y' twice"),
+        ((X,), {"weight": "x"}, "'x' is the row weight and also a field or label"),
+        ((X,), {"weight": "y"}, "'y' is the row weight and also a field or label"),
+        ((SparseField(name="s", shares="xx"), X), {}, "shares the vocabulary of 'xx', .*did you mean 'x'"),
+        ((SparseField(name="s", shares="d"), D), {}, "shares the vocabulary of 'd', which is not another sparse or sequence"),
+        ((SparseField(name="s", shares="s"),), {}, "shares the vocabulary of 's', which is not another"),
+        (
+            (SparseField(name="s", shares="t"), SparseField(name="t", shares="x"), X),
+            {},
+            "field 's' shares with 't', which itself shares with 'x'",
+        ),
+        ((SparseField(name="s", shares="x", min_count=2), X), {}, "so its own min_count, max_size and hash_size mean nothing"),
+        ((SequenceField(name="s", shares="x", hash_size=2), X), {}, "set them on 'x' only"),
+    ],
+)
+def test_contradictions(fields: tuple[Field, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Schema(fields=fields, **{"labels": ("y",), **options})
+
+
+def test_sharing_with_a_field_named_later() -> None:
+    schema = Schema(fields=(SequenceField(name="seen", shares="x"), SparseField(name="x", min_count=3)), labels=("y",))
+    assert Schema.from_json(schema.to_json()) == schema
+
+
+def test_a_group_may_be_a_field_and_time_need_not_be_one() -> None:
+    schema = Schema(fields=(X,), labels=("y",), group="x", time="t")
+    assert schema.columns == ("x", "y", "t")
+
+
+def test_which_numeric_encodings_are_categories() -> None:
+    kinds = ("standardize", "log", "minmax", "piecewise", "criteo_log", "bucket")
+    assert [k for k in kinds if DenseField(name="x", encoding=k).is_category] == ["criteo_log", "bucket"]
+
+
+def test_layouts() -> None:
+    layout = BatchLayout((SparseColumn("a", 5, "a"),), (DenseColumn("b"),), (SequenceColumn("c", 5, "a"),))
+    assert layout.names == ("a", "b", "c")
+    fields = FieldLayout(("a", "b", "c"), 8)
+    assert (fields.num_fields, fields.width) == (3, 24)
