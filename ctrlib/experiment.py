@@ -15,7 +15,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +64,7 @@ class RunConfig:
     model: ModelComponent.Config
     fit: FitConfig = field(default_factory=FitConfig)
     batch_size: int | None = None
-    ridge: float = 100.0
+    ridge: float = 30.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
 
@@ -225,20 +226,14 @@ def train(
         DataError, ConfigError: see the functions above.
         TrainingDivergedError: the loss is not finite.
 
-    Nothing is left at ``out`` after an error. Ctrl-C while the model trains is none: the run is whole, with the best weights so
-    far, and the report says ``"interrupted": true``.
+    After an error nothing is at ``out``; weights trained until then are in ``<out>.part/best.safetensors``. Ctrl-C while the
+    model trains is no error: the run is whole, with the best weights so far, and the report says ``"interrupted": true``.
     """
     target, options = Path(out), options or DataOptions()
     _check_seed(seed)
     device = _device(config.device)
-    part = _claim(target)
-    try:
-        report = _train(data, config, part, options, name, seed, device)
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return report
+    with _whole(target) as part:
+        return _train(data, config, part, options, name, seed, device)
 
 
 def _claim(target: Path) -> Path:
@@ -252,6 +247,21 @@ def _claim(target: Path) -> Path:
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     return part
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder that gets its name when everything in it is there, and goes if that fails, unless it holds trained weights."""
+    part = _claim(target)
+    try:
+        yield part
+        part.rename(target)
+    except BaseException:
+        if (part / "best.safetensors").is_file():
+            _log.error("the best weights so far are in %s", part)
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _train(
@@ -398,23 +408,18 @@ def demo(out: str | Path, *, rows: int = 300_000, seed: int = 0) -> dict[str, An
     Raises:
         DataError: the folder exists or cannot be written, or there are too few rows.
     """
-    target = Path(out)
-    part = _claim(target)
-    try:
+    reports: dict[str, Any] = {}
+    with _whole(Path(out)) as part:
         truth = write_splits(part / "data", rows, seed)
         _write_json(part / "truth.json", truth)
         files = {name: str(part / "data" / f"{name}.parquet") for name in SHARES}
         options = DataOptions(label="label", valid=files["valid"], test=files["test"])
         store = prepare(files["train"], part / "store", options)
-        reports = {
-            folder: train(store, configure(model, options=DEMO), part / folder, name=model, seed=seed)
-            for folder, model in (("lr", "lr"), ("run", "deepfm"))
-        }
+        for folder, model in (("lr", "lr"), ("run", "deepfm")):
+            reports[folder] = train(store, configure(model, options=DEMO), part / folder, name=model, seed=seed)
+            if reports[folder]["interrupted"]:
+                raise KeyboardInterrupt
         shutil.rmtree(part / "store")
-        part.rename(target)
-    except (DataError, ConfigError):
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return {"truth": truth, **reports}
 
 

@@ -307,7 +307,7 @@ def test_other_refusals(call: Call, data: Path, tmp_path: Path) -> None:
     assert entries(tmp_path) == ["file.txt", "other.json", "store"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_the_weights_are_kept(
     call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -316,7 +316,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(artifact, "save_file", full)
     code, _, err = call("train", data / "train.parquet", "--model", "dnn", "--out", tmp_path / "run", *given(data), *settings())
     assert (code, err.count("error: "), err.splitlines()[-1]) == (2, 1, "error: [Errno 28] No space left on device")
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == ["run.part"]
+    assert (tmp_path / "run.part" / "best.safetensors").is_file()
 
 
 def test_ctrl_c_where_nothing_can_be_saved(call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from ctrlib.schema import (
     DenseField,
     Field,
     FieldLayout,
+    NumericEncoding,
     Schema,
     SequenceColumn,
     SequenceField,
@@ -203,7 +204,7 @@ def test_a_group_may_be_a_field_and_time_need_not_be_one() -> None:
 
 
 def test_which_numeric_encodings_are_categories() -> None:
-    kinds = ("standardize", "log", "minmax", "piecewise", "criteo_log", "bucket")
+    kinds: list[NumericEncoding] = ["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
     assert [k for k in kinds if DenseField(name="x", encoding=k).is_category] == ["criteo_log", "bucket"]
 
 
