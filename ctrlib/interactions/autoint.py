@@ -10,6 +10,7 @@ projection_activation none              relu (queries, keys, values, residual)  
 scale                 no                yes                                      either
 residual              linear_always     linear_always                            linear_if_needed
 norm                  none              after_relu, norm_eps 1e-8                none or before_relu
+head_split            columns           columns                                  rows
 ===================== ================= ======================================== =====================
 
 The paper's parameter counts (39,361 on Criteo) hold for the first column only.
@@ -54,6 +55,8 @@ class AutoInt(Interaction):
             norm: LayerNorm after or before the final ReLU of each layer.
             norm_eps: its epsilon.
             attention_dropout: on the attention weights.
+            head_split: what a head sees of the projected [F, A] matrix: its own ``"columns"`` of all fields, or as in FuxiCTR 1
+                (behind the BARS numbers) a run of F of its F·H row pieces, which are those of neighbouring fields.
 
         Raises:
             ConfigError: a size below 1, a negative number of layers, a dropout outside [0, 1).
@@ -69,6 +72,7 @@ class AutoInt(Interaction):
         norm: Literal["none", "after_relu", "before_relu"] = "none"
         norm_eps: float = 1e-5
         attention_dropout: float = 0.0
+        head_split: Literal["columns", "rows"] = "columns"
 
         def __post_init__(self) -> None:
             if self.num_layers < 0:
@@ -92,7 +96,8 @@ class AutoInt(Interaction):
         return x_BFD
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """Attention weights before dropout: ``"attention/0"``, ... of shape [B, H, F, F]; row m says what field m reads."""
+        """Attention weights before dropout: ``"attention/0"``, ... of shape [B, H, F, F]; row m says what field m reads
+        (with ``head_split="rows"``, what piece m of the head's run reads)."""
         shown: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             shown[f"attention/{i}"] = cast(InteractingLayer, layer).attention(x_BFD)
@@ -107,6 +112,7 @@ class InteractingLayer(nn.Module):
         super().__init__()
         width = config.num_heads * config.head_dim
         self.num_heads = config.num_heads
+        self.split_columns = config.head_split == "columns"
         self.relu_projections = config.projection_activation == "relu"
         self.scale = 1 / math.sqrt(config.head_dim) if config.scale else None  # NOTE[DIFF] the paper never scales
         self.query = nn.Linear(width_in, width, bias=config.bias)  # NOTE[DIFF] biases are the authors' code, not the paper
@@ -127,7 +133,15 @@ class InteractingLayer(nn.Module):
 
     def heads(self, y_BFA: Tensor) -> Tensor:
         """[B, F, A] → [B, H, F, A/H]."""
-        return y_BFA.view(*y_BFA.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        if self.split_columns:
+            return y_BFA.view(*y_BFA.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        # NOTE[DIFF] FuxiCTR 1 reshapes without the transpose, so a head mixes pieces of neighbouring fields
+        return y_BFA.view(y_BFA.shape[0], self.num_heads, y_BFA.shape[1], -1)
+
+    def merge(self, y_BHFd: Tensor) -> Tensor:
+        """[B, H, F, A/H] → [B, F, A], the inverse of :meth:`heads`."""
+        y_BFHd = y_BHFd.transpose(1, 2) if self.split_columns else y_BHFd
+        return y_BFHd.reshape(y_BHFd.shape[0], y_BHFd.shape[2], -1)
 
     def attention(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → weights [B, H, F, F]; each row sums to 1."""
@@ -141,7 +155,7 @@ class InteractingLayer(nn.Module):
     def forward(self, x_BFD: Tensor) -> Tensor:
         # Plain products, not scaled_dot_product_attention: for some 40 fields that is slower on a CPU.
         value_BHFd = self.heads(self.project(self.value, x_BFD))
-        y_BFA = (self.dropout(self.attention(x_BFD)) @ value_BHFd).transpose(1, 2).flatten(2)
+        y_BFA = self.merge(self.dropout(self.attention(x_BFD)) @ value_BHFd)
         if self.has_residual:
             y_BFA = y_BFA + (x_BFD if self.residual is None else self.project(self.residual, x_BFD))
         if self.norm_before is not None:

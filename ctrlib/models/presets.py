@@ -102,7 +102,7 @@ def dcnv2(flavour: Flavour = "paper") -> CTRModel.Config:
 
 _AUTOINT: Mapping[Flavour, AutoInt.Config] = {
     "paper": AutoInt.Config(),
-    "fuxictr": AutoInt.Config(residual="linear_if_needed"),
+    "fuxictr": AutoInt.Config(residual="linear_if_needed", head_split="rows"),
     "official": AutoInt.Config(bias=True, projection_activation="relu", scale=True, norm="after_relu", norm_eps=1e-8),
 }
 

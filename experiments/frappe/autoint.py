@@ -13,7 +13,7 @@ def experiment() -> Experiment:
     model = CTRModel.Config(
         embedding=EMBEDDING,
         weight_init="xavier_normal",
-        interaction=AutoInt.Config(num_layers=6, num_heads=4, head_dim=32, residual="linear_if_needed"),
+        interaction=AutoInt.Config(num_layers=6, num_heads=4, head_dim=32, residual="linear_if_needed", head_split="rows"),
         head=Head.Config(),
     )
     return frappe(

@@ -25,6 +25,7 @@ def experiment() -> Experiment:
                             num_heads=4,
                             head_dim=32,
                             residual="linear_if_needed",
+                            head_split="rows",
                             scale=True,
                             norm="before_relu",
                             attention_dropout=0.1,

@@ -237,6 +237,21 @@ def test_heads_are_slices() -> None:
     torch.testing.assert_close(block(x_BFD), torch.cat(parts, dim=-1), rtol=0, atol=1e-12)
 
 
+def test_rows_split_is_that_of_fuxictr_1() -> None:
+    """head_split="rows" against a loop over the pieces; it differs from the paper's split and has as many parameters."""
+    torch.manual_seed(3)
+    layout = FieldLayout(("a", "b", "c"), 5)
+    block = AutoInt(AutoInt.Config(num_layers=1, num_heads=2, head_dim=2, residual="none", head_split="rows"), layout).double()
+    paper = AutoInt(AutoInt.Config(num_layers=1, num_heads=2, head_dim=2, residual="none"), layout).double()
+    paper.load_state_dict(block.state_dict())
+    x_BFD = torch.randn(4, 3, 5, dtype=torch.float64)
+    layer = block.layers[0]
+    q, k, v = (linear(x_BFD).detach().numpy() for linear in (layer.query, layer.key, layer.value))  # type: ignore[operator]
+    expected = np.stack([np.maximum(reference.rows_split(q[b], k[b], v[b], 2), 0) for b in range(4)])
+    np.testing.assert_allclose(block(x_BFD).detach().numpy(), expected, rtol=0, atol=1e-12)
+    assert (paper(x_BFD) - block(x_BFD)).abs().max() > 1e-3
+
+
 def test_no_layers_is_the_identity() -> None:
     block = autoint(num_layers=0)
     x_BFD = randn(5, 4, 3)

@@ -85,3 +85,23 @@ def layer(
             assert weights.shift is not None
             y[m] = normalise(y[m], weights.gain, weights.shift, eps)
     return y, attention
+
+
+def rows_split(q: Array, k: Array, v: Array, heads: int) -> Array:
+    """Attention as in FuxiCTR 1: [F, A] matrices are cut into F·heads pieces, row after row; every run of F attends."""
+    num_fields, size = q.shape[0], q.shape[1] // heads
+
+    def pieces(x: Array) -> list[Array]:
+        return [x[m, h * size : (h + 1) * size] for m in range(num_fields) for h in range(heads)]
+
+    pieces_q, pieces_k, pieces_v = pieces(q), pieces(k), pieces(v)
+    mixed: list[Array] = []
+    for start in range(0, num_fields * heads, num_fields):
+        run = range(start, start + num_fields)
+        for m in run:
+            scores = [math.exp(sum(float(a) * float(b) for a, b in zip(pieces_q[m], pieces_k[n], strict=True))) for n in run]
+            mixed.append(sum((s / sum(scores) * pieces_v[n] for s, n in zip(scores, run, strict=True)), np.zeros(size)))
+    y = np.zeros((num_fields, heads * size))
+    for at, piece in enumerate(mixed):
+        y[at // heads, (at % heads) * size : (at % heads + 1) * size] = piece
+    return y
