@@ -83,7 +83,7 @@ def _data_options(
 
 @app.command()
 def demo(
-    rows: Annotated[int, typer.Option(help="Rows of training, validation and test data together.")] = 300_000,
+    rows: Annotated[int, typer.Option(help="Rows of training, validation and test data together.")] = 600_000,
     out: Out = Path("demo"),
     seed: Seed = 0,
 ) -> None:

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import resource
 import runpy
 import shutil
@@ -37,12 +38,30 @@ from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import check_choice, check_not_negative
-from ctrlib.schema import DataError, Schema
+from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitConfig, evaluate, fit, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 
-DEMO = {"batch_size": "1024", "fit.epochs": "3"}
+_WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
+
+# What the demo sets: one pass of a cosine over three epochs, a smaller and less dropped-out MLP than DeepFM's, a firm prior.
+DEMO = {
+    "batch_size": "1024",
+    "ridge": "300",
+    "fit.epochs": "3",
+    "fit.patience": "None",
+    "fit.optimizer.learning_rate": "4e-3",
+    "fit.schedule.name": "cosine",
+    "fit.schedule.warmup_steps": "400",
+    "model.embedding.init_std": "0.05",
+}
+DEMO_DEEPFM = {
+    **DEMO,
+    "model.embedding.dim": "16",
+    "model.interaction.streams.1.hidden_units": "256,128",
+    "model.interaction.streams.1.dropout": "0.3",
+}
 
 SHARES: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
@@ -55,8 +74,8 @@ class RunConfig:
         model: see :mod:`ctrlib.models.presets`.
         fit: see :class:`~ctrlib.training.FitConfig`.
         batch_size: training rows a step; ``None``: about 1/256 of the rows, a power of two from 256 to 4096.
-        ridge: strength of a Gaussian prior on all weights, (ridge/2)·‖w‖² over the whole of the training rows: adds ridge/rows
-            to ``fit.optimizer.embedding_l2`` and ``net_l2``, and so means the same for little data and for much. 0: none.
+        ridge: strength of a Gaussian prior on the embedding tables, (ridge/2)·‖W‖² over all training rows together: adds
+            ridge/rows to ``fit.optimizer.embedding_l2``, and so means the same for little data and for much. 0: none.
         device: ``auto`` takes a CUDA GPU where there is one.
         workers: threads that prepare batches; the batches do not depend on it.
     """
@@ -64,7 +83,7 @@ class RunConfig:
     model: ModelComponent.Config
     fit: FitConfig = field(default_factory=FitConfig)
     batch_size: int | None = None
-    ridge: float = 30.0
+    ridge: float = 100.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
 
@@ -78,8 +97,8 @@ class RunConfig:
     def for_rows(self, rows: int) -> RunConfig:
         """The same with ``batch_size`` and the L2 settled for so many training rows (and ``ridge`` 0, since it is in them)."""
         batch_size = self.batch_size or min(max(2 ** round(math.log2(max(rows / 256, 1))), 256), 4096)
-        optimizer, prior = self.fit.optimizer, self.ridge / rows
-        optimizer = replace(optimizer, embedding_l2=optimizer.embedding_l2 + prior, net_l2=optimizer.net_l2 + prior)
+        optimizer = self.fit.optimizer
+        optimizer = replace(optimizer, embedding_l2=optimizer.embedding_l2 + self.ridge / rows)
         return replace(self, batch_size=batch_size, ridge=0.0, fit=replace(self.fit, optimizer=optimizer))
 
 
@@ -241,6 +260,8 @@ def _claim(target: Path) -> Path:
     if target.exists():
         raise DataError(f"{target} exists already; choose another folder, or remove it")
     part = target.with_name(target.name + ".part")
+    if (part / _WRITER).is_file() and _alive(int((part / _WRITER).read_text())):
+        raise DataError(f"{target}: another process is writing it; choose another folder, or wait")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -249,12 +270,24 @@ def _claim(target: Path) -> Path:
     return part
 
 
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
     """A folder that gets its name when everything in it is there, and goes if that fails, unless it holds trained weights."""
     part = _claim(target)
     try:
+        (part / _WRITER).write_text(str(os.getpid()))
         yield part
+        (part / _WRITER).unlink()
         part.rename(target)
     except BaseException:
         if (part / "best.safetensors").is_file():
@@ -393,7 +426,7 @@ def _segments(table: Source, by: str) -> list[object]:
     return [None if v is None else names[next(decile)] for v in raw]
 
 
-def demo(out: str | Path, *, rows: int = 300_000, seed: int = 0) -> dict[str, Any]:
+def demo(out: str | Path, *, rows: int = 600_000, seed: int = 0) -> dict[str, Any]:
     """Synthetic Criteo-shaped data with planted interactions; DeepFM and, for comparison, logistic regression on it.
 
     Args:
@@ -413,10 +446,12 @@ def demo(out: str | Path, *, rows: int = 300_000, seed: int = 0) -> dict[str, An
         truth = write_splits(part / "data", rows, seed)
         _write_json(part / "truth.json", truth)
         files = {name: str(part / "data" / f"{name}.parquet") for name in SHARES}
-        options = DataOptions(label="label", valid=files["valid"], test=files["test"])
+        schema = Schema.infer(files["train"], "label")
+        frequent = (replace(f, min_count=10) for f in schema.fields if isinstance(f, SparseField))
+        options = DataOptions(schema=schema.with_fields(*frequent), valid=files["valid"], test=files["test"])
         store = prepare(files["train"], part / "store", options)
-        for folder, model in (("lr", "lr"), ("run", "deepfm")):
-            reports[folder] = train(store, configure(model, options=DEMO), part / folder, name=model, seed=seed)
+        for folder, model, settings in (("lr", "lr", DEMO), ("run", "deepfm", DEMO_DEEPFM)):
+            reports[folder] = train(store, configure(model, options=settings), part / folder, name=model, seed=seed)
             if reports[folder]["interrupted"]:
                 raise KeyboardInterrupt
         shutil.rmtree(part / "store")

@@ -54,7 +54,7 @@ KAGGLE_SCHEMA = pa.schema(
 INTEGER = re.compile(r"-?\d+")
 
 
-def make_schema(numeric: Numeric = "log", min_count: int = 10) -> Schema:
+def make_schema(numeric: Numeric = "piecewise", min_count: int = 10) -> Schema:
     """13 numeric and 26 categorical fields; what they mean is not public, so all are on the candidate's side.
 
     Args:
@@ -161,7 +161,7 @@ def _parquet_tables(paths: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Tab
 
 
 def prepare(
-    raw: Path | None, out: Path, *, file_format: FileFormat | None = None, numeric: Numeric = "log", min_count: int = 10
+    raw: Path | None, out: Path, *, file_format: FileFormat | None = None, numeric: Numeric = "piecewise", min_count: int = 10
 ) -> tuple[common.OutputFile, ...]:
     """Write ``data.parquet`` and the schema, in the order of the raw rows; missing cells are nulls.
 
@@ -215,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = common.argument_parser(__doc__)
     parser.add_argument("--format", choices=get_args(FileFormat), help="of the raw files; found out by itself where left out")
-    parser.add_argument("--numeric", choices=get_args(Numeric), default="log", help="encoding of I1..I13 (default: log)")
+    parser.add_argument(
+        "--numeric", choices=get_args(Numeric), default="piecewise", help="encoding of I1..I13 (default: piecewise)"
+    )
     parser.add_argument("--min-count", type=int, default=10, help="rarer categories share one id (default: 10)")
     args = parser.parse_args(argv)
     return common.run(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -427,7 +428,7 @@ class TestConfigure:
         settled = configure("dnn", options={"ridge": "50", "fit.optimizer.net_l2": "1"}).for_rows(rows)
         assert settled.batch_size == batch_size
         assert settled.fit.optimizer.embedding_l2 == pytest.approx(50 / rows)
-        assert settled.fit.optimizer.net_l2 == pytest.approx(1 + 50 / rows)
+        assert settled.fit.optimizer.net_l2 == 1
         assert settled.for_rows(rows) == settled
 
     @pytest.mark.parametrize("epochs", [0, -1])
@@ -573,3 +574,12 @@ class TestExperiment:
         with pytest.raises(DataError, match="seeds is 0"):
             run_experiment(tmp_path / "empty.py", tmp_path / "out", seeds=0)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_process_is_writing_is_left_alone(data: Path, tmp_path: Path) -> None:
+    part = tmp_path / "run.part"
+    part.mkdir()
+    (part / "writer.pid").write_text(str(os.getppid()))
+    with pytest.raises(DataError, match="another process is writing it"):
+        experiment.train(data / "train.parquet", configure("lr"), tmp_path / "run", DataOptions(label="label"))
+    assert entries(tmp_path) == ["run.part"]

@@ -31,9 +31,8 @@ def infer_schema(
     Rules, in order: a column of one value, of missing values only, of times, or a string or integer column whose values
     all differ is ignored, with the reason. Strings and booleans are sparse. Integers are sparse if they have at most 200
     distinct values, if one is 2³¹ or more in size (a hash), or if the column is called an id (``user_id``, ``itemId``);
-    other numbers are dense: ``log`` where the largest lies more than 10 standard deviations from the mean, else
-    ``standardize``. Lists of strings or integers are sequences. Sparse fields with values seen only once get ``min_count``
-    2, so that the OOV row is trained.
+    other numbers are dense, encoded piecewise over 32 bins, which no outlier or unit can spoil. Lists of strings or integers
+    are sequences. Sparse fields with values seen only once get ``min_count`` 2, so that the OOV row is trained.
 
     Raises:
         DataError: the source cannot be read, has no rows, or lacks a named column.
@@ -139,9 +138,7 @@ def _number(name: str, table: Source) -> Field | str:
             return guess
     elif moments.minimum == moments.maximum and moments.missing == 0:
         return "constant: every row has the same value"
-    mean, std = moments.mean_std()
-    heavy = max(moments.maximum - mean, mean - moments.minimum) > 10 * std
-    return DenseField(name=name, encoding="log" if heavy else "standardize")
+    return DenseField(name=name, encoding="piecewise", num_bins=32)
 
 
 def _finite(array: Any) -> Any:

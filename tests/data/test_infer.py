@@ -19,6 +19,12 @@ from ctrlib.data import infer
 from ctrlib.data.encoder import Encoder
 from ctrlib.schema import DataError, DenseField, Field, Schema, SequenceField, SparseField
 
+
+def dense(name: str) -> DenseField:
+    """How numbers are inferred."""
+    return DenseField(name=name, encoding="piecewise", num_bins=32)
+
+
 N = 900
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=N)
@@ -42,7 +48,7 @@ COLUMNS: dict[str, tuple[Any, Field | str]] = {
     "constant_with_gaps": (gaps([3] * N), SparseField(name="constant_with_gaps")),
     "constant_text_with_gaps": (gaps(["a"] * N), SparseField(name="constant_text_with_gaps")),
     "whole_floats_with_gaps": (gaps([3.0] * N), SparseField(name="whole_floats_with_gaps")),
-    "half_with_gaps": (gaps([0.5] * N), DenseField(name="half_with_gaps")),
+    "half_with_gaps": (gaps([0.5] * N), dense("half_with_gaps")),
     "all_different": ([f"r{i}" for i in range(N)], "all different: an identifier of the row"),
     "all_different_numbers": (list(range(N)), "all different: an identifier of the row"),
     "all_different_with_gaps": (gaps(range(N)), "all different: an identifier of the row"),
@@ -63,9 +69,9 @@ COLUMNS: dict[str, tuple[Any, Field | str]] = {
     "truth": ([True, False, True] * (N // 3), SparseField(name="truth")),
     "few": (list(range(150)) * 6, SparseField(name="few")),
     "two_hundred": ([i % 200 for i in range(N)], SparseField(name="two_hundred")),
-    "two_hundred_and_one": ([i % 201 for i in range(N)], DenseField(name="two_hundred_and_one")),
-    "many": (MANY, DenseField(name="many")),
-    "many_floats": (MANY.astype(float), DenseField(name="many_floats")),
+    "two_hundred_and_one": ([i % 201 for i in range(N)], dense("two_hundred_and_one")),
+    "many": (MANY, dense("many")),
+    "many_floats": (MANY.astype(float), dense("many_floats")),
     "hash": (MANY + 2**31, SparseField(name="hash")),
     "negative_hash": (-MANY - 2**40, SparseField(name="negative_hash")),
     "unsigned_hash": (MANY.astype(np.uint64) + np.uint64(2**63), SparseField(name="unsigned_hash")),
@@ -73,19 +79,19 @@ COLUMNS: dict[str, tuple[Any, Field | str]] = {
         name: (MANY, SparseField(name=name))
         for name in ("user_id", "itemId", "userID", "ids", "ID", "AD_ID", "shop-id", "shop id", "productIds")
     },
-    **{name: (MANY, DenseField(name=name)) for name in ("paid", "grid", "idle", "PAID", "width", "bids")},
-    "normal": (NORMAL, DenseField(name="normal")),
-    "normal_with_gaps": (gaps(NORMAL), DenseField(name="normal_with_gaps")),
-    "small_floats": (NORMAL.astype(np.float32), DenseField(name="small_floats")),
-    "heavy": (np.exp(3 * NORMAL), DenseField(name="heavy", encoding="log")),
-    "heavy_below": (-np.exp(3 * NORMAL), DenseField(name="heavy_below", encoding="log")),
-    "price": ([decimal.Decimal(i % 300) / 4 for i in range(N)], DenseField(name="price")),
-    "infinite": (np.where(np.arange(N) == 5, np.inf, NORMAL), DenseField(name="infinite")),
+    **{name: (MANY, dense(name)) for name in ("paid", "grid", "idle", "PAID", "width", "bids")},
+    "normal": (NORMAL, dense("normal")),
+    "normal_with_gaps": (gaps(NORMAL), dense("normal_with_gaps")),
+    "small_floats": (NORMAL.astype(np.float32), dense("small_floats")),
+    "heavy": (np.exp(3 * NORMAL), dense("heavy")),
+    "heavy_below": (-np.exp(3 * NORMAL), dense("heavy_below")),
+    "price": ([decimal.Decimal(i % 300) / 4 for i in range(N)], dense("price")),
+    "infinite": (np.where(np.arange(N) == 5, np.inf, NORMAL), dense("infinite")),
     "tags": ([["a", "b"], [], ["b", "a"]] * (N // 3), SequenceField(name="tags")),
     "rare_tags": ([["a"], ["b"]] * (N // 2 - 1) + [["c"], None], SequenceField(name="rare_tags", min_count=2)),
     "dictionary": (pa.array(["a", "b", "b"] * (N // 3)).dictionary_encode(), SparseField(name="dictionary")),
     "dictionary_ints": (pa.array([1, 2, 2] * (N // 3)).dictionary_encode(), SparseField(name="dictionary_ints")),
-    "dictionary_floats": (pa.array(NORMAL).dictionary_encode(), DenseField(name="dictionary_floats")),
+    "dictionary_floats": (pa.array(NORMAL).dictionary_encode(), dense("dictionary_floats")),
 }
 
 

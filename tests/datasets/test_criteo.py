@@ -93,7 +93,7 @@ def test_schema_options(tmp_path: Path) -> None:
     schema = Schema.load(out / "schema.json")
     assert schema.labels == ("label",)
     assert schema.fields == (
-        *(DenseField(name=name, encoding="log") for name in DENSE),
+        *(DenseField(name=name, encoding="piecewise") for name in DENSE),
         *(SparseField(name=name, min_count=10) for name in SPARSE),
     )
     assert criteo.main([*arguments, "--numeric", "criteo_log", "--min-count", "4"]) == 0
