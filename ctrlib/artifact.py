@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from ctrlib.batch import Batch
 from ctrlib.config import Table, from_json, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import open_source
+from ctrlib.files import WRITER, new_folder, sha256, write_json
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import DataError, Schema
@@ -73,23 +72,14 @@ def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: Mode
     Raises:
         DataError: the folder exists already or cannot be written.
     """
-    target = Path(path)
-    if target.exists():
-        raise DataError(f"{target} exists already; choose another folder or remove it")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{part}: cannot be written ({error.strerror}); choose another folder") from error
-    try:
+    with new_folder(path) as part:
         encoder.save(part)
-        (part / "model.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+        write_json(part / "model.json", to_json(config))
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
             part / "weights.safetensors",
         )
-        files = {str(p.relative_to(part)): _sha256(p) for p in sorted(part.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(part)): sha256(p) for p in sorted(part.rglob("*")) if p.is_file() and p.name != WRITER}
         info = {
             "format": _FORMAT,
             "ctrlib": version("ctrlib"),
@@ -99,11 +89,7 @@ def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: Mode
             "encoder_hash": encoder.hash,
             "files": files,
         }
-        (part / "artifact.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        write_json(part / "artifact.json", info)
 
 
 def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
@@ -126,7 +112,7 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
     if info.get("format") != _FORMAT:
         raise DataError(f"artifact {folder} has format {info.get('format')}; this version reads {_FORMAT}: train it again")
     for name, digest in info["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
     encoder = Encoder.load(folder)
     config = from_json(_read_json(folder / "model.json"), ModelComponent.Config, table, "model.json")
@@ -151,8 +137,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"artifact file {path} holds a {type(data).__name__}; expected an object: copy the artifact again")
     return data
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

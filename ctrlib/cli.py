@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from ctrlib import experiment
 from ctrlib.config import ConfigError
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.split import SplitBy
+from ctrlib.files import json_text
 from ctrlib.models.presets import PRESETS
 from ctrlib.schema import DataError
 
@@ -169,7 +169,7 @@ def evaluate(
     """Print the metrics of a saved model on new rows, as JSON; with --by, a table per segment."""
     report = experiment.evaluate_run(run, data, by=by)
     segments = report.pop("segments", None)
-    print(json.dumps(experiment.finite(report), indent=2, ensure_ascii=False))
+    print(json_text(report))
     if segments is not None:
         _print_segments(by or "", segments)
 

@@ -9,15 +9,13 @@ import itertools
 import json
 import logging
 import math
-import os
 import resource
 import runpy
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +32,7 @@ from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
+from ctrlib.files import check_new_folder, json_text, new_folder, write_json
 from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
@@ -42,8 +41,6 @@ from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitConfig, evaluate, fit, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
-
-_WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
 
 # What the demo sets: one pass of a cosine over three epochs, a smaller and less dropped-out MLP than DeepFM's, a firm prior.
 DEMO = {
@@ -179,7 +176,7 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
     Raises:
         DataError: see :func:`resolve_schema`, :meth:`.Encoder.fit` and :meth:`.Store.create`.
     """
-    _claim(Path(out)).rmdir()  # a place that cannot be written should not come out only after the encoder is fitted
+    check_new_folder(out)  # a place that cannot be written should not come out only after the encoder is fitted
     table = open_source(data, "the table")
     schema = resolve_schema(table, options)
     given = {name: open_source(raw) for name, raw in (("valid", options.valid), ("test", options.test)) if raw is not None}
@@ -248,53 +245,11 @@ def train(
     After an error nothing is at ``out``; weights trained until then are in ``<out>.part/best.safetensors``. Ctrl-C while the
     model trains is no error: the run is whole, with the best weights so far, and the report says ``"interrupted": true``.
     """
-    target, options = Path(out), options or DataOptions()
+    options = options or DataOptions()
     _check_seed(seed)
     device = _device(config.device)
-    with _whole(target) as part:
+    with new_folder(out, keep="best.safetensors") as part:
         return _train(data, config, part, options, name, seed, device)
-
-
-def _claim(target: Path) -> Path:
-    """The folder in which a run or a store is written until it is whole."""
-    if target.exists():
-        raise DataError(f"{target} exists already; choose another folder, or remove it")
-    part = target.with_name(target.name + ".part")
-    if (part / _WRITER).is_file() and _alive(int((part / _WRITER).read_text())):
-        raise DataError(f"{target}: another process is writing it; choose another folder, or wait")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
-    return part
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return process != os.getpid()
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it is there, and goes if that fails, unless it holds trained weights."""
-    part = _claim(target)
-    try:
-        (part / _WRITER).write_text(str(os.getpid()))
-        yield part
-        (part / _WRITER).unlink()
-        part.rename(target)
-    except BaseException:
-        if (part / "best.safetensors").is_file():
-            _log.error("the best weights so far are in %s", part)
-        else:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _train(
@@ -307,7 +262,7 @@ def _train(
     encoder, labels = store.encoder, store.encoder.schema.labels
     config = config.for_rows(store.rows["train"])
     assert config.batch_size is not None
-    _write_json(part / "config.json", _run_config(name, seed, config))
+    write_json(part / "config.json", _run_config(name, seed, config))
 
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
@@ -334,7 +289,7 @@ def _train(
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     artifact.save(part / "artifact", encoder, model, config.model)
-    _write_json(part / "metrics.json", report)
+    write_json(part / "metrics.json", report)
     (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     shutil.rmtree(part / "store", ignore_errors=True)
     return report
@@ -442,9 +397,9 @@ def demo(out: str | Path, *, rows: int = 600_000, seed: int = 0) -> dict[str, An
         DataError: the folder exists or cannot be written, or there are too few rows.
     """
     reports: dict[str, Any] = {}
-    with _whole(Path(out)) as part:
+    with new_folder(out) as part:
         truth = write_splits(part / "data", rows, seed)
-        _write_json(part / "truth.json", truth)
+        write_json(part / "truth.json", truth)
         files = {name: str(part / "data" / f"{name}.parquet") for name in SHARES}
         schema = Schema.infer(files["train"], "label")
         frequent = (replace(f, min_count=10) for f in schema.fields if isinstance(f, SparseField))
@@ -517,7 +472,7 @@ def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_s
         folder = target / f"seed-{seed}"
         if (folder / "metrics.json").is_file():
             done = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if done != json.loads(_json_text(_run_config(experiment.name, seed, settings))):
+            if done != json.loads(json_text(_run_config(experiment.name, seed, settings))):
                 raise DataError(f"{folder} was run with other settings than {file} has now; choose another --out or remove it")
             runs.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
         else:
@@ -541,28 +496,9 @@ def run_experiment(file: str | Path, out: str | Path, *, seeds: int = 3, first_s
         "config": to_json(experiment.config),
         "runs": runs,
     }
-    _write_json(target / "results.json", results)
+    write_json(target / "results.json", results)
     return results
 
 
 def _mean_std(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else float("nan")}
-
-
-def _json_text(data: object) -> str:
-    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _write_json(path: Path, data: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(_json_text(data) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def finite(data: object) -> Any:
-    """``data`` for JSON, which has no NaN and no infinity: they become null."""
-    if isinstance(data, Mapping):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, positive
+from ctrlib.files import finite
 from ctrlib.losses import add_embedding_l2, add_net_l2, total_loss
 from ctrlib.metrics import summarize, summarize_tasks
 from ctrlib.optim import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, check_choice, check_not_negative
@@ -404,7 +405,7 @@ class _Run:
         self.history.append(line)
         if self.out is not None:
             with (self.out / "history.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(line)) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
         self.save()
         self.evaluating += time.perf_counter() - self.started - seconds
         tracker.advance(0, self.note())
@@ -505,10 +506,3 @@ def _summary(predictions: Predictions, label_names: Sequence[str] | None) -> dic
         return dict(summarize(labels, probability, weight=predictions.weight, group=predictions.group))
     names = label_names or [f"label_{task}" for task in range(labels.shape[1])]
     return dict(summarize_tasks(names, labels, probability, weight=predictions.weight, group=predictions.group))
-
-
-def _finite(value: Any) -> Any:
-    """``value`` for JSON, which has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

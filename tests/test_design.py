@@ -18,7 +18,7 @@ PACKAGE = ROOT / "ctrlib"
 
 # Lowest first. A module may import modules of lower layers and of its own group; the rules of single groups are below.
 LAYERS = (
-    {"schema", "config", "progress"},
+    {"schema", "config", "progress", "files"},
     {"batch"},
     {"metrics", "losses", "optim", "training", "cpu", "embedding", "interactions", "data"},
     {"models"},
@@ -71,7 +71,7 @@ def test_imports_point_down(path: Path) -> None:
         assert there not in FORBIDDEN.get(here, set()), f"{path} imports {name}; {here} must not know {there}"
 
 
-@pytest.mark.parametrize("name", ["schema", "config"])
+@pytest.mark.parametrize("name", ["schema", "config", "files"])
 def test_the_bottom_needs_only_the_standard_library(name: str) -> None:
     allowed = {*sys.stdlib_module_names, "ctrlib"}
     assert {n.partition(".")[0] for n in _imports(PACKAGE / f"{name}.py")} <= allowed

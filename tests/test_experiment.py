@@ -19,6 +19,7 @@ from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, evaluate_run, prepare, run_experiment, train
+from ctrlib.files import finite
 from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitResult, TrainingDivergedError
 from tests.clicks import SCHEMA, clicks, tiny, write
@@ -73,7 +74,7 @@ def run(data: Path, given: DataOptions, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("runs") / "nested" / "run"
     config = tiny(fit__epochs="6", fit__patience="None", fit__optimizer__learning_rate="0.1")
     report = train(data / "train.parquet", config, out, given, name="mine", seed=7)
-    assert experiment.finite(report) == strict((out / "metrics.json").read_text())
+    assert finite(report) == strict((out / "metrics.json").read_text())
     return out
 
 

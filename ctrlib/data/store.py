@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ctrlib.data.encoder import Encoded, Encoder
 from ctrlib.data.source import Source
+from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.progress import track
 from ctrlib.schema import DataError, Schema
 
@@ -91,27 +91,11 @@ class Store:
         Raises:
             DataError: the folder exists and is not an unfinished store, cannot be written, or a value cannot be encoded.
         """
-        target = Path(path)
-        if target.exists():
-            raise DataError(f"{target} exists already; choose another folder or remove it")
-        part = target.with_name(target.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"{part}: cannot be written ({error.strerror}); choose another folder") from error
-        try:
+        with new_folder(path) as part:
             encoder.save(part)
             splits = {name: _write_split(part / name, encoder, source) for name, source in sources.items()}
-            manifest = {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits}
-            (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            part.rename(target)
-        except BaseException as error:
-            shutil.rmtree(part, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise DataError(f"{part}: cannot be written ({error.strerror}); free some space or choose another") from error
-            raise
-        return cls.open(target, verify=False)
+            write_json(part / "manifest.json", {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits})
+        return cls.open(path, verify=False)
 
     @classmethod
     def open(cls, path: str | Path, *, schema: Schema | None = None, verify: bool = True) -> Store:
@@ -232,13 +216,8 @@ def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
     if size != expected:
         found = "is missing" if size is None else f"has {size} bytes; expected {expected}"
         raise DataError(f"store file {path} {found}: the store is damaged; prepare it again")
-    if verify:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry["sha256"]:
-            raise DataError(
-                f"store file {path}: its checksum differs from the manifest; the store is damaged: prepare it again"
-            )
+    if verify and sha256(path) != entry["sha256"]:
+        raise DataError(f"store file {path}: its checksum differs from the manifest; the store is damaged: prepare it again")
 
 
 def _check_sources(folder: Path, split: str, sources: list[dict[str, Any]]) -> None:

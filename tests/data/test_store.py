@@ -234,7 +234,7 @@ def test_stale_csv(tmp_path: Path) -> None:
 
 
 def test_the_place_is_taken(store: Store) -> None:
-    with pytest.raises(DataError, match="exists already; choose another folder or remove it"):
+    with pytest.raises(DataError, match="exists already; choose another folder, or remove it"):
         Store.create(store.path, store.encoder, {"train": open_source(raw())})
 
 

@@ -1,0 +1,103 @@
+"""Writing so that nothing is ever half there: folders and JSON files appear under their names only when they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ctrlib.schema import DataError
+
+_log = logging.getLogger("ctrlib")
+WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
+
+
+@contextmanager
+def new_folder(target: str | Path, *, keep: str | None = None) -> Iterator[Path]:
+    """A folder ``<target>.part`` that is renamed to ``target`` at the end of the block, and removed after an error.
+
+    Args:
+        target: must not exist.
+        keep: after an error, a part that holds this file is left where it is, and logged.
+
+    Raises:
+        DataError: ``target`` exists, cannot be written, or another process is writing it.
+    """
+    target = Path(target)
+    part = _claim(target)
+    try:
+        (part / WRITER).write_text(str(os.getpid()))
+        yield part
+        (part / WRITER).unlink()
+        part.rename(target)
+    except BaseException as error:
+        if keep is not None and (part / keep).is_file():
+            _log.error("%s of the unfinished %s is in %s", keep, target.name, part)
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(f"{target}: cannot be written ({error.strerror}); free some space or choose another") from error
+        raise
+
+
+def check_new_folder(target: str | Path) -> None:
+    """Raise what :func:`new_folder` would, before long work."""
+    _claim(Path(target)).rmdir()
+
+
+def _claim(target: Path) -> Path:
+    if target.exists():
+        raise DataError(f"{target} exists already; choose another folder, or remove it")
+    part = target.with_name(target.name + ".part")
+    if (part / WRITER).is_file() and _alive(int((part / WRITER).read_text())):
+        raise DataError(f"{target}: another process is writing it; choose another folder, or wait")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+    return part
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write strict JSON (see :func:`finite`) under a temporary name, then rename."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json_text(data) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def json_text(data: object) -> str:
+    """Strict, indented JSON of plain values; see :func:`finite`."""
+    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def finite(data: object) -> Any:
+    """``data`` for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
