@@ -43,7 +43,7 @@ def new_folder(target: str | Path, *, keep: str | None = None) -> Iterator[Path]
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise DataError(f"{target}: cannot be written ({error.strerror}); free some space or choose another") from error
+            raise DataError(f"{target}: cannot be written ({error.strerror or error}); free some space or choose another") from error
         raise
 
 

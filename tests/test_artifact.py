@@ -276,9 +276,9 @@ def test_saving_never_replaces_and_leaves_nothing_half_done(
         artifact.save(tmp_path / "file" / "a", loaded.encoder, loaded.model, loaded.config)
 
     def full(*_: object) -> None:
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifact, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(DataError, match="cannot be written \\(No space left on device\\)"):
         artifact.save(tmp_path / "a", loaded.encoder, loaded.model, loaded.config)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
