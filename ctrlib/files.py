@@ -43,7 +43,8 @@ def new_folder(target: str | Path, *, keep: str | None = None) -> Iterator[Path]
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise DataError(f"{target}: cannot be written ({error.strerror or error}); free some space or choose another") from error
+            reason = error.strerror or error
+            raise DataError(f"{target}: cannot be written ({reason}); free some space or choose another place") from error
         raise
 
 
