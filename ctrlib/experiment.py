@@ -75,6 +75,8 @@ class RunConfig:
             ridge/rows to ``fit.optimizer.embedding_l2``, and so means the same for little data and for much. 0: none.
         device: ``auto`` takes a CUDA GPU where there is one.
         workers: threads that prepare batches; the batches do not depend on it.
+        pretrained: files of vectors by vocabulary (the name of its field), with columns ``value`` and ``vector`` (lists of
+            numbers as wide as ``model.embedding.dims`` says); with ``model.embedding.frozen`` they are not trained further.
     """
 
     model: ModelComponent.Config
@@ -83,6 +85,7 @@ class RunConfig:
     ridge: float = 100.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
+    pretrained: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
@@ -138,23 +141,24 @@ def _check_seed(seed: int) -> None:
         raise ConfigError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
 
 
-def resolve_schema(table: Source, options: DataOptions) -> Schema:
-    """The given schema with the options' labels and roles, or an inferred one.
-
-    Raises:
-        DataError: neither a schema nor a label, or columns that the table lacks.
-    """
+def _given_schema(table: Source, options: DataOptions) -> Schema | None:
+    """The schema that the options name, with their labels and roles; ``None`` if it is to be inferred."""
     roles = {role: value for role in ("group", "time", "weight") if (value := getattr(options, role)) is not None}
     if options.schema is None:
         if not options.labels:
             raise DataError(f"which column of {table.name} is the label? name it (--label) or give a schema (--schema)")
-        schema = Schema.infer(table, options.labels, **roles)
-        for name, reason in schema.ignored.items():
-            _log.info("column %r is not used: %s", name, reason)
-    else:
-        schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
-        schema = replace(schema, labels=options.labels or schema.labels, **roles)
+        table.require(options.labels, ", named as label")
+        return None
+    schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
+    schema = replace(schema, labels=options.labels or schema.labels, **roles)
     _require(table, schema)
+    return schema
+
+
+def _inferred_schema(rows: Source, options: DataOptions) -> Schema:
+    schema = Schema.infer(rows, options.labels, group=options.group, time=options.time, weight=options.weight)
+    for name, reason in schema.ignored.items():
+        _log.info("column %r is not used: %s", name, reason)
     return schema
 
 
@@ -166,7 +170,7 @@ def _require(table: Source, schema: Schema) -> None:
 
 
 def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
-    """Split, fit the encoder on the training rows, and encode everything once.
+    """Split, infer a schema and fit the encoder on the training rows, and encode everything once.
 
     Args:
         data: the training rows, or all rows where ``valid`` or ``test`` are to be cut from them.
@@ -174,14 +178,15 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
         options: see :class:`DataOptions`.
 
     Raises:
-        DataError: see :func:`resolve_schema`, :meth:`.Encoder.fit` and :meth:`.Store.create`.
+        DataError: neither schema nor label, missing columns, shares that do not sum to 1; see also :meth:`.Schema.infer`,
+            :meth:`.Encoder.fit` and :meth:`.Store.create`.
     """
     check_new_folder(out)  # a place that cannot be written should not come out only after the encoder is fitted
     table = open_source(data, "the table")
-    schema = resolve_schema(table, options)
+    if table.num_rows == 0:
+        raise DataError(f"{table.name} has a header but no rows; expected at least one")
+    schema = _given_schema(table, options)
     given = {name: open_source(raw) for name, raw in (("valid", options.valid), ("test", options.test)) if raw is not None}
-    for source in given.values():
-        _require(source, schema)
     # With validation rows but no test rows given, every row of the data is for training.
     cut = ["train"] if "valid" in given else [name for name in SHARES if name not in given]
     parts = {"train": table}
@@ -193,7 +198,10 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
             raise DataError(f"the shares are {', '.join(map(str, options.shares.values()))}; expected numbers that sum to 1")
         total = sum(options.shares[name] for name in cut)
         shares = {name: options.shares[name] / total for name in cut}
-        parts = split_rows(table, shares, by=options.split, time=schema.time, seed=options.seed)
+        parts = split_rows(table, shares, by=options.split, time=schema.time if schema else options.time, seed=options.seed)
+    schema = schema or _inferred_schema(parts["train"], options)
+    for source in given.values():
+        _require(source, schema)
     encoder = Encoder.fit(schema, parts["train"])
     return Store.create(out, encoder, {**parts, **given})
 
@@ -247,8 +255,13 @@ def train(
     """
     options = options or DataOptions()
     _check_seed(seed)
+    for frozen in config.model.embedding.frozen:
+        if frozen not in config.pretrained:
+            raise ConfigError(
+                f"embedding.frozen names {frozen!r}, which has no pretrained vectors; set pretrained.{frozen}=FILE"
+            )
     device = _device(config.device)
-    with new_folder(out, keep="best.safetensors") as part:
+    with new_folder(out) as part:
         return _train(data, config, part, options, name, seed, device)
 
 
@@ -262,10 +275,14 @@ def _train(
     encoder, labels = store.encoder, store.encoder.schema.labels
     config = config.for_rows(store.rows["train"])
     assert config.batch_size is not None
+    if min(config.batch_size, store.rows["train"]) == 1:
+        raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
+    for field_name, file in config.pretrained.items():
+        _load_pretrained(model, encoder, field_name, file)
     loaders = {
         split: Loader(store.split(split), max(config.batch_size, 8192), workers=config.workers)
         for split in ("valid", "test")
@@ -293,6 +310,21 @@ def _train(
     (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     shutil.rmtree(part / "store", ignore_errors=True)
     return report
+
+
+def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: str) -> None:
+    table = open_source(file)
+    table.require(["value", "vector"], f"; pretrained vectors of {name!r} need columns value and vector")
+    vectors = table.column("vector")
+    if not pa.types.is_large_list(vectors.type):
+        raise DataError(f"{file}: column 'vector' holds {vectors.type}; expected lists of numbers")
+    rows = vectors.to_pylist()
+    widths = {len(row) if row is not None else 0 for row in rows}
+    if len(widths) != 1:
+        raise DataError(f"{file}: the vectors are {', '.join(map(str, sorted(widths)))} wide; expected one width, no nulls")
+    values = table.column("value")
+    values = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+    model.embedding.load_pretrained(name, encoder.ids(name, values.to_pylist()), np.array(rows, dtype=np.float32))
 
 
 def _run_config(name: str, seed: int, config: RunConfig) -> dict[str, Any]:

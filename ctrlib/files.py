@@ -17,15 +17,14 @@ from ctrlib.schema import DataError
 
 _log = logging.getLogger("ctrlib")
 WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
+KEPT = "best.safetensors"
 
 
 @contextmanager
-def new_folder(target: str | Path, *, keep: str | None = None) -> Iterator[Path]:
-    """A folder ``<target>.part`` that is renamed to ``target`` at the end of the block, and removed after an error.
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder ``<target>.part`` that is renamed to ``target`` at the end of the block.
 
-    Args:
-        target: must not exist.
-        keep: after an error, a part that holds this file is left where it is, and logged.
+    After an error it is removed, unless it holds ``best.safetensors``: trained weights stay where they are, and that is logged.
 
     Raises:
         DataError: ``target`` exists, cannot be written, or another process is writing it.
@@ -38,8 +37,8 @@ def new_folder(target: str | Path, *, keep: str | None = None) -> Iterator[Path]
         (part / WRITER).unlink()
         part.rename(target)
     except BaseException as error:
-        if keep is not None and (part / keep).is_file():
-            _log.error("%s of the unfinished %s is in %s", keep, target.name, part)
+        if (part / KEPT).is_file():
+            _log.error("the best weights of the unfinished %s are in %s", target.name, part)
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
@@ -57,14 +56,25 @@ def _claim(target: Path) -> Path:
     if target.exists():
         raise DataError(f"{target} exists already; choose another folder, or remove it")
     part = target.with_name(target.name + ".part")
-    if (part / WRITER).is_file() and _alive(int((part / WRITER).read_text())):
-        raise DataError(f"{target}: another process is writing it; choose another folder, or wait")
-    shutil.rmtree(part, ignore_errors=True)
+    if part.exists():
+        _clear(part)
     try:
         part.mkdir(parents=True)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     return part
+
+
+def _clear(part: Path) -> None:
+    """Remove what a writer that is gone left unfinished; nothing else."""
+    if (part / KEPT).is_file():
+        raise DataError(f"{part} holds the weights of a run that was not finished; move or remove it")
+    if not (part / WRITER).is_file():
+        raise DataError(f"{part} is in the way, and not an unfinished folder of ours; move or remove it")
+    text = (part / WRITER).read_text()
+    if text.isdecimal() and _alive(int(text)):
+        raise DataError(f"{part.name.removesuffix('.part')}: another process is writing it; choose another folder, or wait")
+    shutil.rmtree(part)
 
 
 def _alive(process: int) -> bool:
@@ -73,8 +83,8 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
-        return True
-    return process != os.getpid()
+        pass
+    return True
 
 
 def write_json(path: Path, data: object) -> None:

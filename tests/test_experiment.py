@@ -321,6 +321,7 @@ class TestFailures:
 
     def test_what_a_killed_run_left_is_no_obstacle(self, store: Path, tmp_path: Path) -> None:
         (tmp_path / "run.part" / "store").mkdir(parents=True)
+        (tmp_path / "run.part" / "writer.pid").write_text("999999999")
         train(store, tiny(fit__epochs="1"), tmp_path / "run")
         assert entries(tmp_path) == ["run"]
 
@@ -577,10 +578,67 @@ class TestExperiment:
         assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_another_process_is_writing_is_left_alone(data: Path, tmp_path: Path) -> None:
-    part = tmp_path / "run.part"
-    part.mkdir()
-    (part / "writer.pid").write_text(str(os.getppid()))
-    with pytest.raises(DataError, match="another process is writing it"):
-        experiment.train(data / "train.parquet", configure("lr"), tmp_path / "run", DataOptions(label="label"))
-    assert entries(tmp_path) == ["run.part"]
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("writer.pid", str(os.getppid()), "another process is writing it"),
+        ("thesis.txt", "mine", "not an unfinished folder of ours"),
+        ("best.safetensors", "weights", "holds the weights of a run that was not finished"),
+    ],
+)
+def test_what_may_be_of_use_is_left_alone(data: Path, tmp_path: Path, file: str, text: str, message: str) -> None:
+    (tmp_path / "run.part").mkdir()
+    (tmp_path / "run.part" / file).write_text(text)
+    with pytest.raises(DataError, match=message):
+        train(str(data / "train.parquet"), configure("lr"), tmp_path / "run", DataOptions(label="label"))
+    assert (tmp_path / "run.part" / file).read_text() == text
+
+
+def test_an_inferred_schema_sees_training_rows_only(tmp_path: Path) -> None:
+    """A value of the last tenth of the rows, in order, changes neither the schema nor the encoder."""
+    table = clicks(1000, seed=5).drop_columns(["genres"])
+    city = table["city"].to_pylist()
+    changed = table.set_column(table.column_names.index("city"), "city", pa.array([*city[:-1], "never seen before"]))
+    options = DataOptions(label="label", split="order")
+    hashes = {prepare(t, tmp_path / str(i), options).encoder.hash for i, t in enumerate((table, changed))}
+    assert len(hashes) == 1
+
+
+def test_pretrained_vectors_enter_a_run_and_stay_if_frozen(store: Path, tmp_path: Path) -> None:
+    vectors = [[float(i), -float(i), 0.5] for i in range(6)]
+    pq.write_table(pa.table({"value": [f"Stadt {i}" for i in range(6)], "vector": vectors}), tmp_path / "city.parquet")
+    config = configure(
+        "dnn",
+        options={
+            "fit.epochs": "1",
+            "model.interaction.hidden_units": "8",
+            "model.embedding.dims.city": "3",
+            "model.embedding.frozen": '["city"]',
+            "pretrained.city": str(tmp_path / "city.parquet"),
+        },
+    )
+    train(store, config, tmp_path / "run")
+    loaded = artifact.load(tmp_path / "run")
+    table = next(m for m in loaded.model.embedding.modules() if isinstance(m, torch.nn.Embedding) and m.embedding_dim == 3)
+    rows = loaded.encoder.ids("city", [f"Stadt {i}" for i in range(6)])
+    np.testing.assert_array_equal(table.weight.detach().numpy()[rows], np.array(vectors, np.float32))
+    with pytest.raises(ConfigError, match=r"set pretrained\.city=FILE"):
+        train(store, configure("dnn", options={"model.embedding.frozen": '["city"]'}), tmp_path / "other")
+    pq.write_table(pa.table({"value": ["a"]}), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match="no column 'vector'"):
+        train(store, configure("dnn", options={"pretrained.city": str(tmp_path / "bad.parquet")}), tmp_path / "other")
+
+
+def test_a_batch_of_one_row_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="single row"):
+        train(store, tiny(batch_size="1"), tmp_path / "run")
+
+
+def test_demo_on_few_rows(tmp_path: Path) -> None:
+    result = experiment.demo(tmp_path / "demo", rows=4000)
+    assert entries(tmp_path / "demo") == ["data", "lr", "run", "truth.json"]
+    assert entries(tmp_path / "demo" / "data") == ["test.parquet", "train.parquet", "valid.parquet"]
+    truth = strict((tmp_path / "demo" / "truth.json").read_text())
+    assert truth["test"]["additive_auc"] < truth["test"]["bayes_auc"]
+    assert result["run"]["test"]["auc"] < truth["test"]["bayes_auc"] + 0.01
+    assert artifact.load(tmp_path / "demo" / "run").predict(str(tmp_path / "demo" / "data" / "test.parquet")).shape == (400,)

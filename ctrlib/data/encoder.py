@@ -192,7 +192,7 @@ class Encoder:
             if isinstance(f, SequenceField):
                 sequences[f.name] = self._sequence(f, array, describe)
             elif f.name in dense_at:
-                dense[:, dense_at[f.name]] = self.numeric[f.name].scaled(as_floats(array, describe))
+                dense[:, dense_at[f.name]] = _scaled(self.numeric[f.name], as_floats(array, describe), describe)
             else:
                 sparse[:, sparse_at[f.name]] = self._ids(f, array, describe)
 
@@ -381,6 +381,15 @@ def _flat(
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
     ends = np.cumsum(lengths)
     return lists.flatten(), lengths, lambda at: describe(int(np.searchsorted(ends, at, side="right")))
+
+
+def _scaled(numeric: Numeric, x: Floats, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        scaled = numeric.scaled(x)
+    if np.isinf(scaled).any():
+        row = int(np.argmax(np.isinf(scaled)))
+        raise DataError(f"{describe(row)}: {x[row]:g} is beyond what 32-bit floats hold; use encoding log, piecewise or bucket")
+    return scaled
 
 
 def _lists(f: SequenceField, array: Any, describe: Callable[[int], str]) -> Any:

@@ -29,10 +29,11 @@ def infer_schema(
     """Guess a schema from (at most the first two million rows of) ``source``.
 
     Rules, in order: a column of one value, of missing values only, of times, or a string or integer column whose values
-    all differ is ignored, with the reason. Strings and booleans are sparse. Integers are sparse if they have at most 200
-    distinct values, if one is 2³¹ or more in size (a hash), or if the column is called an id (``user_id``, ``itemId``);
-    other numbers are dense, encoded piecewise over 32 bins, which no outlier or unit can spoil. Lists of strings or integers
-    are sequences. Sparse fields with values seen only once get ``min_count`` 2, so that the OOV row is trained.
+    all differ is ignored, with the reason. Strings and booleans are sparse. Integers (and floats that are whole, with gaps)
+    are sparse if they have at most 200 distinct values; whole numbers of any type if one is 2³¹ or more in size (a hash),
+    or if the column is called an id (``user_id``, ``itemId``). Other numbers are dense, encoded piecewise over 32 bins,
+    which no outlier or unit can spoil. Lists of strings or integers are sequences. Sparse fields with values seen only once
+    get ``min_count`` 2, so that the OOV row is trained.
 
     Raises:
         DataError: the source cannot be read, has no rows, or lacks a named column.
@@ -133,7 +134,8 @@ def _number(name: str, table: Source) -> Field | str:
     if whole and (integer or largest < 2**53):
         seen = _count(name, table, pa.int64(), None if integer else _finite)
         guess = _category(name, seen)
-        few = seen.distinct <= FEW_VALUES or largest >= 2**31 or bool(_ID_NAME.search(name))
+        like_integers = integer or moments.missing > 0  # pandas makes floats of integers with gaps
+        few = (like_integers and seen.distinct <= FEW_VALUES) or largest >= 2**31 or bool(_ID_NAME.search(name))
         if isinstance(guess, str) or few:
             return guess
     elif moments.minimum == moments.maximum and moments.missing == 0:

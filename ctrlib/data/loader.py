@@ -28,7 +28,9 @@ class Loader:
         seed: of the shuffle.
         drop_last: leave out a last batch that is not full.
         workers: threads that prepare batches ahead; 0: none. The batches do not depend on it.
-        epoch: number of the next epoch.
+
+    Attributes:
+        epoch: number of the next epoch; counts up with every ``iter()``.
     """
 
     def __init__(

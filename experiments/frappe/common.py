@@ -12,19 +12,27 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import Experiment, RunConfig
 from ctrlib.models.ctr import ModelComponent
 from ctrlib.optim import OptimizerConfig
+from ctrlib.schema import DataError
 from ctrlib.training import FitConfig, Monitor, Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING = FeatureEmbedding.Config(dim=10, init_std=1e-4)
 
 
+RAW = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data")) / "frappe"
+REDRAWN = (RAW / "train_rebuilt.parquet").is_file() and not (RAW / "frappe.train.libfm").is_file()
+
+
 def data() -> Path:
-    """The prepared splits under ``runs/data/frappe``, made from ``$CTRLIB_DATA/frappe`` on first use."""
+    """The prepared splits under ``runs/data/frappe``, made on first use from ``$CTRLIB_DATA/frappe``, or downloaded."""
     out = ROOT / "runs" / "data" / "frappe"
     if not (out / "schema.json").is_file():
-        raw = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data")) / "frappe"
-        script = ROOT / "datasets" / "frappe.py"
-        subprocess.run([sys.executable, script, "--raw", raw, "--out", out], check=True)
+        raw = ["--raw", str(RAW)] if RAW.is_dir() else []
+        command = [sys.executable, str(ROOT / "datasets" / "frappe.py"), *raw, "--out", str(out)]
+        if subprocess.run(command).returncode != 0:
+            raise DataError(
+                "the Frappe data could not be prepared (see above); set CTRLIB_DATA to the folder that holds frappe/"
+            )
     return out
 
 
@@ -47,5 +55,7 @@ def frappe(
         config=RunConfig(model=model, fit=fit, batch_size=4096, ridge=0.0),
         data=data,
         published=published,
-        note="; ".join(filter(None, ["train negatives re-drawn", "bf16 autocast" if precision == "bf16" else "", note])),
+        note="; ".join(
+            filter(None, ["train negatives re-drawn" if REDRAWN else "", "bf16 autocast" if precision == "bf16" else "", note])
+        ),
     )

@@ -423,3 +423,9 @@ def test_criteo_ids_equal_those_counted_by_pandas(criteo: Path) -> None:
         ids = {None if pd.isna(v) else int(v): k + 2 for k, v in enumerate(counts["value"])}
         want = [ids.get(None if pd.isna(v) else int(v), 1) for v in column]
         assert batch.sparse[:, i].tolist() == want, name
+
+
+def test_a_number_beyond_32_bits_is_named() -> None:
+    encoder = Encoder.fit(Schema(fields=(DenseField(name="x"),), labels=("y",)), {"x": [1.0, 2.0, 3.0], "y": [0, 1, 0]})
+    with pytest.raises(DataError, match=r"column 'x', the table, row 2: 1e\+39 is beyond what 32-bit floats hold"):
+        encoder.transform({"x": [1.0, 1e39]})

@@ -263,6 +263,7 @@ def test_interruption_leaves_nothing(
 def test_what_an_earlier_interruption_left_is_cleared(store: Store, tmp_path: Path) -> None:
     (tmp_path / "new.part" / "train").mkdir(parents=True)
     (tmp_path / "new.part" / "train" / "old.bin").write_text("x")
+    (tmp_path / "new.part" / "writer.pid").write_text("")  # killed before it wrote its number
     created = Store.create(tmp_path / "new", store.encoder, {"train": open_source(raw())})
     assert not (created.path / "train" / "old.bin").exists()
     assert not (tmp_path / "new.part").exists()
