@@ -329,7 +329,9 @@ def _convert_csv(paths: list[Path], delimiter: str, folder: Path) -> tuple[list[
 
 def _csv_header(path: Path, delimiter: str) -> list[str]:
     with pacsv.open_csv(
-        path, pacsv.ReadOptions(block_size=_CSV_BLOCK), pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        path,
+        pacsv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False),
+        pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
     ) as reader:
         names: list[str] = reader.schema.names
     return names
@@ -345,7 +347,7 @@ def _csv_to_parquet(path: Path, delimiter: str, target: Path, texts: Mapping[str
     )
     schema = pa.schema([(n, pa.string()) for n in texts])
     parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    read = pacsv.ReadOptions(block_size=_CSV_BLOCK)
+    read = pacsv.ReadOptions(block_size=_CSV_BLOCK, use_threads=False)  # threads would lose the row numbers of errors
     with (
         pacsv.open_csv(path, read, parse, convert) as reader,
         pq.ParquetWriter(target, schema, compression="lz4") as writer,
