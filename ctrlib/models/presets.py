@@ -1,6 +1,6 @@
-"""Published configurations by name, in the flavours that really differ.
+"""Published configurations by name, in flavours (``final_mlp`` is the same in both of its own).
 
-* ``paper``: the equations as printed; where the paper gives no number for CTR data, the value is ours and marked so.
+* ``paper``: the equations as printed; widths and depths that a paper tunes per data set are our choice.
 * ``fuxictr``: the benchmark code behind the published BARS numbers: dim 10, N(0, 1e-4²) embeddings, Xavier-normal layers,
   batch-normalised MLPs. Dropout, L2 and depths that BARS tuned per data set are in ``experiments/``.
 * ``official``: the authors' repository, for AutoInt.
