@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -56,6 +56,20 @@ def fraction(name: str, *values: float) -> None:
     for value in values:
         if not 0 <= value < 1:
             raise ConfigError(f"{name} is {value}; expected a number from 0 up to, not including, 1")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ConfigError(f"{name} is {value!r}; expected one of {expected}{suggest(str(value), choices)}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise :class:`ConfigError` if ``value`` is below zero."""
+    if not value >= 0:
+        raise ConfigError(f"{name} is {value}; expected 0 or more")
 
 
 def to_json(config: object) -> Any:

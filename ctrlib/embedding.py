@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Ragged
-from ctrlib.config import Component, ConfigError, fraction, positive
+from ctrlib.config import Component, ConfigError, check_choice, fraction, positive
 from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, BatchLayout, FieldLayout, SequenceColumn, SparseColumn, suggest
+from ctrlib.table import EmbeddingTable
+
+RowDtype = Literal["float32", "bfloat16"]
 
 
 class FeatureEmbedding(Component, nn.Module):
@@ -40,6 +43,7 @@ class FeatureEmbedding(Component, nn.Module):
             init_std: rows start as N(0, init_std²).
             dropout: of token coordinates, in training.
             token_dropout: chance that an id is replaced by OOV in training, so that the OOV row learns.
+            row_dtype: ``bfloat16`` halves the memory of the tables; their training rounds stochastically, and is row-wise.
         """
 
         dim: int = 16
@@ -49,6 +53,7 @@ class FeatureEmbedding(Component, nn.Module):
         init_std: float = 0.01
         dropout: float = 0.0
         token_dropout: float = 0.0
+        row_dtype: RowDtype = "float32"
 
         def __post_init__(self) -> None:
             positive("embedding.dim", self.dim)
@@ -56,6 +61,7 @@ class FeatureEmbedding(Component, nn.Module):
                 positive(f"embedding.dims.{name}", width)
             if self.init_std < 0:
                 raise ConfigError(f"embedding.init_std is {self.init_std}; expected 0 or more")
+            check_choice("embedding.row_dtype", self.row_dtype, get_args(RowDtype))
             fraction("embedding.dropout", self.dropout)
             fraction("embedding.token_dropout", self.token_dropout)
 
@@ -168,7 +174,7 @@ class _Table(nn.Module):
         self.first_row = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         self.token_dropout = config.token_dropout
         # Row 0 is the padding row of all: the ids 0 of other ranges are sent there, so their own rows 0 are never read.
-        self.rows = nn.Embedding(sum(sizes.values()), width, padding_idx=0)
+        self.rows = EmbeddingTable(sum(sizes.values()), width, torch.bfloat16 if config.row_dtype == "bfloat16" else None)
         with torch.no_grad():
             self.rows.weight.normal_(0, config.init_std) if trained else self.rows.weight.zero_()
             self.rows.weight[list(self.first_row.values())] = 0
@@ -193,7 +199,7 @@ class _Table(nn.Module):
             return None
         if not self.all_columns:
             ids_BF = ids_BF.index_select(1, self.columns)
-        x_BFD = F.embedding(self._global(ids_BF, self.offsets), self.rows.weight, padding_idx=0)
+        x_BFD = cast(Tensor, self.rows(self._global(ids_BF, self.offsets)))
         if self.projection is None:
             return x_BFD
         return torch.einsum("bfw,fwd->bfd", x_BFD, self.projection[: len(self.sparse_names)])
@@ -204,9 +210,7 @@ class _Table(nn.Module):
         for i, column in enumerate(self.sequences):
             ragged = sequences[column.name]
             rows = self._global(ragged.values, self.first_row[column.table])
-            pooled = F.embedding_bag(
-                rows, self.rows.weight, ragged.offsets, mode=column.pooling, include_last_offset=True, padding_idx=0
-            )
+            pooled = self.rows.pool(rows, ragged.offsets, column.pooling)
             if self.projection is not None:
                 pooled = pooled @ self.projection[len(self.sparse_names) + i]
             tokens.append(pooled.unsqueeze(1))

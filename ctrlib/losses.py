@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from ctrlib.batch import Batch, Output, embedding_parameters
 from ctrlib.config import ConfigError
 from ctrlib.schema import DataError
 
-EmbeddingL2Mode = Literal["full_table", "batch_rows"]
+EmbeddingL2Mode = Literal["full_table", "batch_rows", "elapsed"]
 
 
 def bce_loss(logits: Tensor, labels_BT: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -62,14 +63,14 @@ def total_loss(output: Output, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def add_embedding_l2(model: nn.Module, strength: float, mode: EmbeddingL2Mode) -> None:
-    """Add the gradient of an L2 penalty to the embedding tables; call after ``backward`` and before clipping.
+def add_embedding_l2(tables: Iterable[nn.Parameter], strength: float, mode: Literal["full_table", "batch_rows"]) -> None:
+    """Add the gradient of an L2 penalty to embedding tables with dense gradients; call after ``backward``, before clipping.
 
     ``full_table`` adds λ·W to the gradient of every table: exactly the gradient of (λ/2)·‖W‖² in the loss, as FuxiCTR has
     it, without building the penalty. Rows absent from the batch shrink too. ``batch_rows`` adds it only to rows that have a
     non-zero gradient in this step.
     """
-    for table in embedding_parameters(model):
+    for table in tables:
         if mode == "full_table":
             _add_l2(table, strength)
         elif table.grad is not None:
@@ -79,7 +80,7 @@ def add_embedding_l2(model: nn.Module, strength: float, mode: EmbeddingL2Mode) -
 
 @torch.no_grad()
 def add_net_l2(model: nn.Module, strength: float) -> None:
-    """Like :func:`add_embedding_l2` with ``full_table``, for every other trainable parameter, biases and norms included."""
+    """The same with ``full_table`` for every trainable parameter that is not an embedding table, biases and norms included."""
     tables = {id(table) for table in embedding_parameters(model)}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in tables:

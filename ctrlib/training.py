@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
-from ctrlib.config import ConfigError, positive
+from ctrlib.config import ConfigError, check_choice, check_not_negative, positive
 from ctrlib.files import finite
-from ctrlib.losses import add_embedding_l2, add_net_l2, total_loss
+from ctrlib.losses import total_loss
 from ctrlib.metrics import summarize, summarize_tasks
-from ctrlib.optim import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer, check_choice, check_not_negative
+from ctrlib.optim import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer
 from ctrlib.progress import Tracker, track
 from ctrlib.schema import DataError
 
@@ -287,7 +287,6 @@ class _Run:
         self.device = _device(model)
         self.forward = torch.compile(model) if config.compile else model
         self.optimizer = build_optimizer(model, config.optimizer)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule = Schedule(self.optimizer, config.schedule, config.epochs * len(train))
         # evaluations inside an epoch, by number of batches; the one at its end comes when the batches do
         per_epoch = math.ceil(1 / config.evaluate_every - 1e-9)
@@ -333,24 +332,16 @@ class _Run:
                 self.evaluate(tracker)
 
     def step(self, batch: Batch) -> None:
-        options = self.config.optimizer
         batch = _move(batch, self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with _autocast(self.device, self.config.precision):
             output: Output = self.forward(batch)
         loss = total_loss(output, batch)
         torch.autograd.backward(loss)
-        if options.embedding_l2:
-            add_embedding_l2(self.model, options.embedding_l2, options.embedding_l2_mode)
-        if options.net_l2:
-            add_net_l2(self.model, options.net_l2)
-        norm = torch.zeros_like(loss)
-        if options.max_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm).to(loss.dtype)
         self.saved = self.saved and self.best_weights is not None  # without best weights, the file holds the current ones
-        self.optimizer.step()
+        norm = self.optimizer.step()
         self.schedule.step()
-        self.pending.append(torch.stack([loss.detach(), norm]))
+        self.pending.append(torch.stack([loss.detach(), norm.to(loss)]))
         self.steps += 1
         self.rows += len(batch)
 
@@ -462,6 +453,7 @@ class _Run:
 
     def close(self, *, healthy: bool) -> None:
         """Put the best weights back, and on disk; current weights are written only if the run was healthy."""
+        self.optimizer.close()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         if self.best_weights is not None or healthy:

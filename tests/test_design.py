@@ -19,7 +19,9 @@ PACKAGE = ROOT / "ctrlib"
 # Lowest first. A module may import modules of lower layers and of its own group; the rules of single groups are below.
 LAYERS = (
     {"schema", "config", "progress", "files"},
-    {"batch"},
+    {"batch", "_native"},
+    {"table"},
+    {"rowwise"},
     {"metrics", "losses", "optim", "training", "cpu", "embedding", "interactions", "data"},
     {"models"},
     {"artifact"},

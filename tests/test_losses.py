@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import backward
 
-from ctrlib.batch import Batch, Output
+from ctrlib.batch import Batch, Output, embedding_parameters
 from ctrlib.config import ConfigError
 from ctrlib.losses import add_embedding_l2, add_net_l2, bce_loss, total_loss
 from ctrlib.schema import DataError
@@ -113,7 +113,7 @@ def test_full_table_is_the_gradient_of_the_penalty(model: Net) -> None:
     model.zero_grad()
     backward(model.loss())
     plain = gradients(model)
-    add_embedding_l2(model, strength, "full_table")
+    add_embedding_l2(embedding_parameters(model), strength, "full_table")
     got = gradients(model)
 
     assert got.keys() == expected.keys()
@@ -127,7 +127,7 @@ def test_full_table_is_the_gradient_of_the_penalty(model: Net) -> None:
 def test_batch_rows_touches_only_rows_of_the_batch(model: Net) -> None:
     backward(model.loss())
     before = gradients(model)
-    add_embedding_l2(model, 0.5, "batch_rows")
+    add_embedding_l2(embedding_parameters(model), 0.5, "batch_rows")
     after = gradients(model)
     for row in range(6):
         added = 0.5 * model.used.weight[row] if row in (1, 2, 4) else torch.zeros(3, dtype=torch.float64)

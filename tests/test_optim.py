@@ -97,7 +97,7 @@ def test_fused_here_and_equal_to_the_plain_loop(name: OptimizerName) -> None:
     ours, theirs = Net(), Net()
     a = build_optimizer(ours, OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.0))
     b = plain[name](theirs.parameters(), lr=0.01, weight_decay=0.0, foreach=False, fused=False)
-    assert a.defaults["fused"]
+    assert a.param_groups[0]["fused"]
     for step in range(5):
         for model, optimizer in ((ours, a), (theirs, b)):
             for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
@@ -116,7 +116,7 @@ def test_falls_back_where_fused_is_not_supported(monkeypatch: pytest.MonkeyPatch
         return original(groups, eps=eps, fused=fused)
 
     monkeypatch.setattr(torch.optim, "Adam", adam)
-    assert not build_optimizer(Net(), OptimizerConfig()).defaults["fused"]
+    assert not build_optimizer(Net(), OptimizerConfig()).param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_contexts_have_tables_of_their_own() -> None:
 
 def test_embedding_l2_covers_the_contexts_tables() -> None:
     model = final_mlp(context_1=("user",), context_2=("item",))
-    add_embedding_l2(model, 0.5, "full_table")
     tables = embedding_parameters(model)
+    add_embedding_l2(tables, 0.5, "full_table")
     assert len(tables) == 3
     for table in tables:
         assert table.grad is not None

@@ -1,0 +1,187 @@
+"""The embedding part of a training step, forward, backward and update: ``python -m benchmarks.embedding``.
+
+39 fields with vocabularies in Criteo's proportions, batch 4096, width 16, ids from Zipf(1.05). FBGEMM takes part if it is
+installed (``pip install fbgemm-gpu-cpu==1.8.0`` beside torch 2.13). The allocator is left as it is: dense optimizers gain from tuning it, the row-wise ones do not need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import interleaved, medians, print_table, write_result
+from ctrlib import _native
+from ctrlib.optim import EmbeddingOptimizerName, OptimizerConfig, build_optimizer
+from ctrlib.table import EmbeddingTable
+
+FIELDS, BATCH, DIM, BATCHES = 39, 4096, 16, 8
+# vocabularies of Criteo's 26 categorical columns, in the sample's proportions
+CRITEO = (1460, 583, 1_500_000, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 1_200_000, 3194, 27, 14_992, 900_000, 10, 5652,
+          2173, 4, 1_000_000, 18, 15, 280_000, 105, 142_000)  # fmt: skip
+RULES: tuple[EmbeddingOptimizerName, ...] = ("sgd", "rowwise_adagrad", "adagrad", "lazy_adam", "rowwise_adam", "adam")
+
+Step = Callable[[], None]
+
+
+def vocabularies(rows: int) -> list[int]:
+    """Sizes of the fields, about ``rows`` in all: 13 binned counts of 64, the others in Criteo's proportions, at least 4."""
+    small = [64] * (FIELDS - len(CRITEO))
+    share = (rows - sum(small)) / sum(CRITEO)
+    return [*small, *(max(4, int(size * share)) for size in CRITEO)]
+
+
+def zipf_batches(sizes: list[int]) -> list[Tensor]:
+    """[BATCH, FIELDS] int32 ids: every field draws from its own stretch of rows by Zipf(1.05), frequent values anywhere in it."""
+    rng = np.random.default_rng(0)
+    columns, first = [], 1
+    for size in sizes:
+        cumulative = np.cumsum(np.arange(1, size + 1, dtype=np.float64) ** -1.05)
+        rank = np.searchsorted(cumulative, rng.random((BATCHES, BATCH)) * cumulative[-1])
+        columns.append(first + rng.permutation(size)[rank])
+        first += size
+    return list(torch.from_numpy(np.stack(columns, axis=2).astype(np.int32)))
+
+
+@contextmanager
+def _without_kernel() -> Iterator[None]:
+    original = _native.kernel
+    _native.kernel = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _native.kernel = original
+
+
+def ours(rule: EmbeddingOptimizerName, rows: int, batches: list[Tensor], grad: Tensor, kernel: bool) -> Step:
+    """One step of ctrlib's path, with the kernel or in torch operations."""
+    table = EmbeddingTable(1 + sum(vocabularies(rows)), DIM)
+    config = OptimizerConfig(embedding=rule, max_grad_norm=None)
+    at = iter(range(10**9))
+    if not kernel:
+        with _without_kernel():
+            optimizer = build_optimizer(table, config)
+    else:
+        optimizer = build_optimizer(table, config)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(table(batches[next(at) % BATCHES]), grad)
+        optimizer.step()
+
+    def step_without() -> None:
+        with _without_kernel():
+            step()
+
+    return step if kernel else step_without
+
+
+def torchs(kind: str, rows: int, batches: list[Tensor], grad: Tensor) -> Step:
+    """One step of an ``nn.Embedding`` under a torch optimizer."""
+    table = nn.Embedding(1 + sum(vocabularies(rows)), DIM, sparse=kind.startswith("sparse"))
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "dense Adam (torch's default)": lambda: torch.optim.Adam(table.parameters()),
+        "dense Adam, fused": lambda: torch.optim.Adam(table.parameters(), fused=True),
+        "sparse, SparseAdam": lambda: torch.optim.SparseAdam(list(table.parameters())),
+        "sparse, Adagrad": lambda: torch.optim.Adagrad(table.parameters()),
+    }
+    optimizer, at = kinds[kind](), iter(range(10**9))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(table(batches[next(at) % BATCHES]), grad)
+        optimizer.step()
+
+    return step
+
+
+def fbgemm(rows: int, batches: list[Tensor], grad: Tensor) -> Step:
+    """One step of FBGEMM's CPU kernel: row-wise Adagrad, one id a bag (its fastest form for single-valued fields)."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType  # type: ignore[import-not-found,unused-ignore]
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (  # type: ignore[import-not-found,unused-ignore]
+        EmbeddingLocation,
+        PoolingMode,
+    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (  # type: ignore[import-not-found,unused-ignore]
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    sizes = vocabularies(rows)
+    module: Any = SplitTableBatchedEmbeddingBagsCodegen(
+        [(size, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in sizes],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.01,
+        pooling_mode=PoolingMode.SUM,
+    )
+    offsets = torch.arange(BATCH * FIELDS + 1)
+    first = 1 + torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    local = [(ids.long() - first).T.reshape(-1).contiguous() for ids in batches]
+    flat, at = grad.reshape(BATCH, FIELDS * DIM), iter(range(10**9))
+
+    def step() -> None:
+        torch.autograd.backward(module(local[next(at) % BATCHES], offsets), flat)
+
+    return step
+
+
+def compare(rows: int, repeats: int) -> dict[str, Any]:
+    """All variants side by side on one size of table."""
+    batches, grad = zipf_batches(vocabularies(rows)), torch.randn(BATCH, FIELDS, DIM) * 1e-4
+    variants: dict[str, Step] = {}
+    if importlib.util.find_spec("fbgemm_gpu") is not None:
+        variants["FBGEMM, row-wise Adagrad"] = fbgemm(rows, batches, grad)
+    for rule in RULES:
+        if _native.kernel() is not None:
+            variants[f"ctrlib kernel, {rule}"] = ours(rule, rows, batches, grad, True)
+        variants[f"ctrlib torch, {rule}"] = ours(rule, rows, batches, grad, False)
+    for kind in ("dense Adam (torch's default)", "dense Adam, fused", "sparse, SparseAdam", "sparse, Adagrad"):
+        variants[kind] = torchs(kind, rows, batches, grad)
+    found = medians(interleaved(variants, repeats=repeats))
+    base = found["dense Adam (torch's default)"]
+    print(f"\n{rows:,} rows × {DIM}, medians of {repeats}:\n")
+    print_table(["variant", "ms", "times faster than dense Adam"], [[n, s * 1e3, base / s] for n, s in found.items()])
+    return {"rows": rows, "ms": {n: s * 1e3 for n, s in found.items()}, "faster": {n: base / s for n, s in found.items()}}
+
+
+def sweep(sizes: list[int], rules: tuple[EmbeddingOptimizerName, ...], repeats: int) -> list[dict[str, Any]]:
+    """Cost per distinct row against the number of rows, one size after the other (50M rows of Adam take 10 GB)."""
+    lines: list[dict[str, Any]] = []
+    for rows in sizes:
+        batches, grad = zipf_batches(vocabularies(rows)), torch.randn(BATCH, FIELDS, DIM) * 1e-4
+        distinct = float(np.mean([len(torch.unique(ids)) for ids in batches]))
+        for rule in rules:
+            step = ours(rule, rows, batches, grad, _native.kernel() is not None)
+            seconds = medians(interleaved({rule: step}, repeats=repeats, warmup=BATCHES))[rule]
+            lines.append(
+                {"rows": rows, "rule": rule, "distinct": distinct, "ms": seconds * 1e3, "ns": seconds / distinct * 1e9}
+            )
+    print("\nBy number of rows:\n")
+    print_table(
+        ["rows", "optimizer", "distinct rows a step", "ms", "ns a distinct row"], [list(line.values()) for line in lines]
+    )
+    return lines
+
+
+def main() -> None:
+    """Print the tables and write ``results/embedding.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000, 50_000_000])
+    arguments = parser.parse_args()
+    result = {"compare": compare(arguments.rows, arguments.repeats)}
+    write_result(
+        "embedding",
+        {**result, "sweep": sweep(arguments.sizes, ("rowwise_adagrad", "lazy_adam", "adam"), 3 * arguments.repeats)},
+    )
+
+
+if __name__ == "__main__":
+    main()
