@@ -172,7 +172,8 @@ class Optimizer:
             if squares:
                 norm = torch.sqrt(norm.square() + torch.stack(squares).sum().to(norm))
             scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            torch._foreach_mul_(grads, scale)
+            if grads:
+                torch._foreach_mul_(grads, scale)
         for table in self._tables:
             table.step(self._rate["lr"], scale)
         if self._sat_out is not None:
