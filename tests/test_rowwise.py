@@ -260,8 +260,10 @@ def test_the_kernel_equals_torch(rule: Rule, dtype: torch.dtype, l2: dict[str, A
     monkeypatch.setattr(_native, "kernel", lambda: None)
     expected, expected_norms = trained()
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
-    # in bfloat16, a sum near the boundary between two roundings may fall on either side: 2^-8 of the weight
-    torch.testing.assert_close(weight, expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    if dtype == torch.float32:
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    else:  # a sum near the boundary between two roundings may fall on either side
+        assert float((weight == expected).float().mean()) > 0.995
 
 
 @pytest.mark.parametrize("threads", [2, 5])
