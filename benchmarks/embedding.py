@@ -1,13 +1,20 @@
 """The embedding part of a training step, forward, backward and update: ``python -m benchmarks.embedding``.
 
 39 fields with vocabularies in Criteo's proportions, batch 4096, width 16, ids from Zipf(1.05). FBGEMM takes part if it is
-installed (``pip install fbgemm-gpu-cpu==1.8.0`` beside torch 2.13). The allocator is left as it is: dense optimizers gain from tuning it, the row-wise ones do not need it.
+installed (``pip install fbgemm-gpu-cpu==1.8.0`` beside torch 2.13).
+
+Two processes take turns, three rounds of each: torch and FBGEMM as they come, and ctrlib after ``tune_cpu()``, as its command
+line runs it. Dense optimizers gain from the tuned allocator too, so they are also timed there.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import interleaved, medians, print_table, write_result
 from ctrlib import _native
+from ctrlib.cpu import tune_cpu
 from ctrlib.optim import EmbeddingOptimizerName, OptimizerConfig, build_optimizer
 from ctrlib.table import EmbeddingTable
 
@@ -38,7 +46,7 @@ def vocabularies(rows: int) -> list[int]:
 
 
 def zipf_batches(sizes: list[int]) -> list[Tensor]:
-    """[BATCH, FIELDS] int32 ids: every field draws from its own stretch of rows by Zipf(1.05), frequent values anywhere in it."""
+    """[BATCH, FIELDS] int32 ids: every field draws from its own stretch of rows by Zipf(1.05), frequent ones anywhere in it."""
     rng = np.random.default_rng(0)
     columns, first = [], 1
     for size in sizes:
@@ -131,21 +139,44 @@ def fbgemm(rows: int, batches: list[Tensor], grad: Tensor) -> Step:
     return step
 
 
-def compare(rows: int, repeats: int) -> dict[str, Any]:
-    """All variants side by side on one size of table."""
+DENSE = ("dense Adam (torch's default)", "dense Adam, fused")
+SPARSE = ("sparse, SparseAdam", "sparse, Adagrad")
+ROUNDS = 3
+
+
+def worker(group: str, rows: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the variants of one group, in this process."""
     batches, grad = zipf_batches(vocabularies(rows)), torch.randn(BATCH, FIELDS, DIM) * 1e-4
     variants: dict[str, Step] = {}
-    if importlib.util.find_spec("fbgemm_gpu") is not None:
-        variants["FBGEMM, row-wise Adagrad"] = fbgemm(rows, batches, grad)
-    for rule in RULES:
-        if _native.kernel() is not None:
-            variants[f"ctrlib kernel, {rule}"] = ours(rule, rows, batches, grad, True)
-        variants[f"ctrlib torch, {rule}"] = ours(rule, rows, batches, grad, False)
-    for kind in ("dense Adam (torch's default)", "dense Adam, fused", "sparse, SparseAdam", "sparse, Adagrad"):
-        variants[kind] = torchs(kind, rows, batches, grad)
-    found = medians(interleaved(variants, repeats=repeats))
-    base = found["dense Adam (torch's default)"]
-    print(f"\n{rows:,} rows × {DIM}, medians of {repeats}:\n")
+    if group == "torch":
+        if importlib.util.find_spec("fbgemm_gpu") is not None:
+            variants["FBGEMM, row-wise Adagrad"] = fbgemm(rows, batches, grad)
+        for kind in (*DENSE, *SPARSE):
+            variants[kind] = torchs(kind, rows, batches, grad)
+    else:
+        tune_cpu()
+        for rule in RULES:
+            if _native.kernel() is not None:
+                variants[f"ctrlib kernel, {rule}"] = ours(rule, rows, batches, grad, True)
+            variants[f"ctrlib torch, {rule}"] = ours(rule, rows, batches, grad, False)
+        for kind in DENSE:
+            variants[f"{kind}, tuned allocator"] = torchs(kind, rows, batches, grad)
+    return interleaved(variants, repeats=repeats)
+
+
+def compare(rows: int, repeats: int) -> dict[str, Any]:
+    """All variants on one size of table, in processes that take turns."""
+    samples: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for group in ("torch", "ctrlib"):
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.embedding", "--worker", group]
+            command += ["--rows", str(rows), "--repeats", str(repeats)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for name, seconds in json.loads(out.splitlines()[-1]).items():
+                samples.setdefault(name, []).extend(seconds)
+    found = medians(samples)
+    base = found[DENSE[0]]
+    print(f"\n{rows:,} rows × {DIM}, medians of {ROUNDS * repeats}:\n")
     print_table(["variant", "ms", "times faster than dense Adam"], [[n, s * 1e3, base / s] for n, s in found.items()])
     return {"rows": rows, "ms": {n: s * 1e3 for n, s in found.items()}, "faster": {n: base / s for n, s in found.items()}}
 
@@ -175,8 +206,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000, 50_000_000])
+    parser.add_argument("--worker", choices=("torch", "ctrlib"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(arguments.worker, arguments.rows, arguments.repeats)))
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of the processes to come
     result = {"compare": compare(arguments.rows, arguments.repeats)}
+    tune_cpu()
     write_result(
         "embedding",
         {**result, "sweep": sweep(arguments.sizes, ("rowwise_adagrad", "lazy_adam", "adam"), 3 * arguments.repeats)},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ctrlib.config import ConfigError
     from ctrlib.cpu import tune_cpu
     from ctrlib.data.encoder import Encoder
-    from ctrlib.data.loader import Loader
+    from ctrlib.data.loader import Loader, StreamLoader
     from ctrlib.data.store import Store
     from ctrlib.embedding import FeatureEmbedding
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
@@ -29,7 +29,7 @@ _MODULES = {
     "config": ("ConfigError",),
     "cpu": ("tune_cpu",),
     "data.encoder": ("Encoder",),
-    "data.loader": ("Loader",),
+    "data.loader": ("Loader", "StreamLoader"),
     "data.store": ("Store",),
     "embedding": ("FeatureEmbedding",),
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
@@ -58,6 +58,7 @@ __all__ = [
     "SequenceField",
     "SparseField",
     "Store",
+    "StreamLoader",
     "build_model",
     "configure",
     "demo",

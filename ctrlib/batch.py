@@ -6,7 +6,7 @@ K experts, T tasks, C classes, E edges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -50,17 +50,21 @@ class Batch:
         return self.sparse.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same rows on ``device``."""
-        moved: dict[str, Tensor | None] = {
-            f.name: None if (value := getattr(self, f.name)) is None else value.to(device, non_blocking=True)
+        """The same rows on ``device``; from pinned memory without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same rows in page-locked memory, from which a GPU copies while the CPU goes on; needs CUDA."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Tensor | None] = {
+            f.name: None if (value := getattr(self, f.name)) is None else change(value)
             for f in fields(self)
             if f.name != "sequences"
         }
-        sequences = {
-            name: Ragged(r.values.to(device, non_blocking=True), r.offsets.to(device, non_blocking=True))
-            for name, r in self.sequences.items()
-        }
-        return Batch(sequences=sequences, **moved)  # type: ignore[arg-type]
+        sequences = {name: Ragged(change(r.values), change(r.offsets)) for name, r in self.sequences.items()}
+        return Batch(sequences=sequences, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

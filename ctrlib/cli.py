@@ -59,6 +59,7 @@ def _data_options(
     time: str | None,
     weight: str | None,
     seed: int,
+    stream: bool = False,
 ) -> experiment.DataOptions:
     ways: dict[str, SplitBy] = {"auto": "auto", "time": "time", "random": "random", "order": "order"}
     if split not in ways:
@@ -78,6 +79,7 @@ def _data_options(
         time=time,
         weight=weight,
         seed=seed,
+        stream=stream,
     )
 
 
@@ -142,6 +144,7 @@ def train(
         list[str] | None, typer.Option("--set", help="path.to.option=value, e.g. fit.optimizer.learning_rate=3e-4; repeat.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="At most this many epochs.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Encode while training instead of writing a store first.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train, evaluate and save one model."""
@@ -152,7 +155,7 @@ def train(
             raise ConfigError(f"--set {item!r} has no '='; expected path.to.option=value")
         assignments[path.strip()] = value.strip()
     config = experiment.configure(model, flavour, assignments, epochs)
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream)
     report = experiment.train(data, config, out, options, name=model, seed=seed)
     _print_report(report)
     print(f"saved to {out} (artifact, config.json, history.jsonl, metrics.json)")

@@ -15,19 +15,20 @@ import shutil
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ctrlib import artifact
-from ctrlib.config import ConfigError, override, positive, to_json
+from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.encoder import Encoder
-from ctrlib.data.loader import Loader
+from ctrlib.data.loader import Loader, StreamLoader
 from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
@@ -36,9 +37,8 @@ from ctrlib.files import check_new_folder, json_text, new_folder, write_json
 from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
-from ctrlib.optim import check_choice, check_not_negative
 from ctrlib.schema import DataError, Schema, SparseField
-from ctrlib.training import FitConfig, evaluate, fit, predict, seed_everything
+from ctrlib.training import Batches, FitConfig, evaluate, fit, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 
@@ -75,6 +75,8 @@ class RunConfig:
             ridge/rows to ``fit.optimizer.embedding_l2``, and so means the same for little data and for much. 0: none.
         device: ``auto`` takes a CUDA GPU where there is one.
         workers: threads that prepare batches; the batches do not depend on it.
+        memory_mb: of encoded rows held in memory; more rows are shuffled in windows, to the same batches; ``None``: half of
+            what is free.
         pretrained: files of vectors by vocabulary (the name of its field), with columns ``value`` and ``vector`` (lists of
             numbers as wide as ``model.embedding.dims`` says); with ``model.embedding.frozen`` they are not trained further.
     """
@@ -85,6 +87,7 @@ class RunConfig:
     ridge: float = 100.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 1
+    memory_mb: float | None = None
     pretrained: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ class RunConfig:
         check_not_negative("ridge", self.ridge)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
         check_not_negative("workers", self.workers)
+        if self.memory_mb is not None:
+            positive("memory_mb", self.memory_mb)
 
     def for_rows(self, rows: int) -> RunConfig:
         """The same with ``batch_size`` and the L2 settled for so many training rows (and ``ridge`` 0, since it is in them)."""
@@ -114,6 +119,7 @@ class DataOptions:
         shares: of training, validation and test rows, where they are cut.
         group, time, weight: columns, for an inferred schema.
         seed: of a random split.
+        stream: :func:`train` encodes while it trains instead of writing a store first: the same batches, less disk, more time.
     """
 
     label: str | tuple[str, ...] | None = None
@@ -126,6 +132,7 @@ class DataOptions:
     time: str | None = None
     weight: str | None = None
     seed: int = 0
+    stream: bool = False
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
@@ -182,6 +189,12 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
             :meth:`.Encoder.fit` and :meth:`.Store.create`.
     """
     check_new_folder(out)  # a place that cannot be written should not come out only after the encoder is fitted
+    encoder, sources = _fit_encoder(data, options)
+    return Store.create(out, encoder, sources)
+
+
+def _fit_encoder(data: object, options: DataOptions) -> tuple[Encoder, dict[str, Source]]:
+    """The encoder, fitted on the training rows, and the raw rows by split."""
     table = open_source(data, "the table")
     if table.num_rows == 0:
         raise DataError(f"{table.name} has a header but no rows; expected at least one")
@@ -202,8 +215,7 @@ def prepare(data: object, out: str | Path, options: DataOptions) -> Store:
     schema = schema or _inferred_schema(parts["train"], options)
     for source in given.values():
         _require(source, schema)
-    encoder = Encoder.fit(schema, parts["train"])
-    return Store.create(out, encoder, {**parts, **given})
+    return Encoder.fit(schema, parts["train"]), {**parts, **given}
 
 
 def configure(
@@ -269,13 +281,11 @@ def _train(
     data: object, config: RunConfig, part: Path, options: DataOptions, name: str, seed: int, device: torch.device
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    store = _open(data, part / "store", options)
-    if "train" not in store.rows:
-        raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
-    encoder, labels = store.encoder, store.encoder.schema.labels
-    config = config.for_rows(store.rows["train"])
+    encoder, row_counts, loader = _stream(data, options) if options.stream else _stored(data, part / "store", options)
+    labels = encoder.schema.labels
+    config = config.for_rows(row_counts["train"])
     assert config.batch_size is not None
-    if min(config.batch_size, store.rows["train"]) == 1:
+    if min(config.batch_size, row_counts["train"]) == 1:
         raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
@@ -283,23 +293,27 @@ def _train(
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
         _load_pretrained(model, encoder, field_name, file)
+    pin = device.type == "cuda"
     loaders = {
-        split: Loader(store.split(split), max(config.batch_size, 8192), workers=config.workers)
+        split: loader(split, max(config.batch_size, 8192), shuffle=False, seed=0, config=config, pin=pin)
         for split in ("valid", "test")
-        if split in store.rows
+        if split in row_counts
     }
-    rows = Loader(store.split("train"), config.batch_size, shuffle=True, seed=seed, workers=config.workers)
+    if options.stream:  # a value that cannot be encoded should not come out only after an epoch, or after training
+        for rows in loaders.values():
+            deque(rows, 0)
+    rows = loader("train", config.batch_size, shuffle=True, seed=seed, config=config, pin=pin)
     result = fit(model, rows, loaders.get("valid"), config.fit, out=part, title=name, label_names=labels)
 
     report: dict[str, Any] = {
         "model": name,
         "seed": seed,
-        "rows": dict(store.rows),
+        "rows": dict(row_counts),
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "parameters": sum(p.numel() for p in model.parameters()),
         "interrupted": result.interrupted,
-        # the test rows are read here for the first time, once, with the weights that validation chose
+        # the model sees the test rows here for the first time, once, with the weights that validation chose
         **{split: evaluate(model, loader, label_names=labels) for split, loader in loaders.items()},
         "rows_per_second": result.rows_per_second,
         "seconds": time.perf_counter() - started,
@@ -330,6 +344,54 @@ def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: s
 def _run_config(name: str, seed: int, config: RunConfig) -> dict[str, Any]:
     """What ``config.json`` holds."""
     return {"name": name, "seed": seed, **to_json(config)}
+
+
+class _MakeLoader(Protocol):
+    def __call__(self, split: str, batch_size: int, *, shuffle: bool, seed: int, config: RunConfig, pin: bool) -> Batches: ...
+
+
+def _stored(data: object, scratch: Path, options: DataOptions) -> tuple[Encoder, Mapping[str, int], _MakeLoader]:
+    """The encoder, rows by split, and what makes a loader of a split, by way of a store."""
+    store = _open(data, scratch, options)
+    if "train" not in store.rows:
+        raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
+
+    def make(split: str, batch_size: int, *, shuffle: bool, seed: int, config: RunConfig, pin: bool) -> Loader:
+        return Loader(
+            store.split(split),
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            workers=config.workers,
+            memory_mb=config.memory_mb,
+            pin_memory=pin,
+        )
+
+    return store.encoder, store.rows, make
+
+
+def _stream(data: object, options: DataOptions) -> tuple[Encoder, Mapping[str, int], _MakeLoader]:
+    """As :func:`_stored`, without a store."""
+    if isinstance(data, Store) or (isinstance(data, str | Path) and Store.is_store(data)):
+        raise DataError(
+            f"{data.path if isinstance(data, Store) else data} is a store, encoded already; leave stream out (--stream), "
+            "or give the raw rows"
+        )
+    encoder, sources = _fit_encoder(data, options)
+
+    def make(split: str, batch_size: int, *, shuffle: bool, seed: int, config: RunConfig, pin: bool) -> StreamLoader:
+        return StreamLoader(
+            encoder,
+            sources[split],
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            workers=config.workers,
+            memory_mb=config.memory_mb,
+            pin_memory=pin,
+        )
+
+    return encoder, {split: source.num_rows for split, source in sources.items()}, make
 
 
 def _open(data: object, scratch: Path, options: DataOptions) -> Store:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import cpu_count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +25,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ctrlib.batch import Batch, Ragged
-from ctrlib.data.numeric import Floats, Moments, Numeric, Quantiles, as_floats, criteo_log, signed_log
+from ctrlib.data.numeric import Floats, Moments, Numeric, Quantiles, as_floats, criteo_log, narrow_codes, signed_log, tally
 from ctrlib.data.source import BLOCK_ROWS, Source, open_source
-from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, hash64, key_type
+from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, begins_with, hash64, key_type
 from ctrlib.progress import Tracker, track
 from ctrlib.schema import (
     BatchLayout,
@@ -44,6 +45,10 @@ from ctrlib.schema import (
 T = TypeVar("T")
 R = TypeVar("R")
 Ids = npt.NDArray[np.int32]
+Describe = Callable[[int], str]  # the place of a row, for errors
+_AHEAD = 2  # blocks that are encoded while the caller is at work on the one before
+_FEW_ROWS = 4096  # so few are not worth a thread
+_DTYPES = {"sparse": np.int32, "dense": np.float32, "labels": np.float32, "weight": np.float32, "group": np.int64}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Encoder:
             digest.update(name.encode() + b"\0" + self.vocabularies[name].fingerprint())
         return digest.hexdigest()
 
-    def encode(self, source: object, *, labels: bool = True, block_rows: int = BLOCK_ROWS) -> Iterator[Encoded]:
+    def encode(self, source: object, *, labels: bool = True, block_rows: int = BLOCK_ROWS) -> Generator[Encoded, None, None]:
         """Encode a table block by block, in row order.
 
         Args:
@@ -164,12 +169,29 @@ class Encoder:
         table.require(special, ", which the schema names as label, weight or group")
         if table.num_rows == 0:
             return
-        names = list(dict.fromkeys([*(f.name for f in self.schema.fields), *special]))
-        texts = {f.name for f in self.schema.fields if not isinstance(f, DenseField) and _as_text(f, self._keys(f))}
-        columns = {name: table.blocks(name, block_rows, text=name in texts) for name in names}
-        for start in range(0, table.num_rows, block_rows):
-            arrays = dict(zip(names, parallel(lambda name: next(columns[name]), names, rows=table.num_rows), strict=True))
-            yield self._encode_block(arrays, table, start, labels)
+        columns = self._columns(table, special)
+        sizes = (min(block_rows, table.num_rows - start) for start in range(0, table.num_rows, block_rows))
+        threads = min(cpu_count() or 1, len(columns)) if table.num_rows > _FEW_ROWS else 1
+        if threads == 1:
+            for rows in sizes:
+                block = _Block(columns, rows)
+                for column in columns:
+                    column.fill(block)
+                yield block.encoded(self.layout)
+            return
+        pool = ThreadPoolExecutor(threads)
+        ahead: deque[tuple[_Block, list[Future[None]]]] = deque()
+        try:
+            for rows in sizes:
+                block = _Block(columns, rows)
+                before = ahead[-1][1] if ahead else [None] * len(columns)
+                ahead.append((block, [pool.submit(_fill, *job, block) for job in zip(columns, before, strict=True)]))
+                if len(ahead) > _AHEAD:
+                    yield _finished(*ahead.popleft(), self.layout)
+            while ahead:
+                yield _finished(*ahead.popleft(), self.layout)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def transform(self, source: object, *, labels: bool = False) -> Batch:
         """Encode a whole table in memory as one batch."""
@@ -178,43 +200,44 @@ class Encoder:
             raise DataError(f"{table.name} has no rows; expected at least one")
         return next(self.encode(table, labels=labels, block_rows=table.num_rows)).batch()
 
-    def _encode_block(self, arrays: Mapping[str, Any], table: Source, start: int, with_labels: bool) -> Encoded:
-        rows = len(next(iter(arrays.values())))
-        layout = self.layout
-        sparse = np.empty((rows, len(layout.sparse)), np.int32)
-        dense = np.empty((rows, len(layout.dense)), np.float32)
-        sequences: dict[str, tuple[Ids, Ids]] = {}
-        sparse_at = {c.name: i for i, c in enumerate(layout.sparse)}
-        dense_at = {c.name: i for i, c in enumerate(layout.dense)}
+    def _columns(self, table: Source, special: Sequence[str]) -> list[_Column]:
+        """What is to be encoded: the fields, and of labels, weight and group those that are among ``special``."""
+        columns: list[_Column] = []
 
-        def encode(f: Field) -> None:
-            array, describe = arrays[f.name], _describe(f.name, table, start)
-            if isinstance(f, SequenceField):
-                sequences[f.name] = self._sequence(f, array, describe)
-            elif f.name in dense_at:
-                dense[:, dense_at[f.name]] = _scaled(self.numeric[f.name], as_floats(array, describe), describe)
-            else:
-                sparse[:, sparse_at[f.name]] = self._ids(f, array, describe)
+        def add(part: str, at: int, name: str, encode: Callable[[Any, Describe], Any], text: bool = False) -> None:
+            columns.append(_Column(part, at, name, table, table.arrays(name, text=text), encode))
 
-        parallel(encode, self.schema.fields, rows=rows)
-        if not with_labels:
-            return Encoded(sparse, dense, sequences)
-        return Encoded(
-            sparse,
-            dense,
-            sequences,
-            labels=np.stack([_labels(arrays[n], _describe(n, table, start)) for n in self.schema.labels], axis=1),
-            weight=None if (w := self.schema.weight) is None else _weights(arrays[w], _describe(w, table, start)),
-            group=None if (g := self.schema.group) is None else _codes(arrays[g], _describe(g, table, start)),
-        )
+        for at, name in enumerate(c.name for c in self.layout.sparse):
+            f = self.schema[name]
+            text = isinstance(f, SparseField) and _as_text(f, self._keys(f))
+            add("sparse", at, name, _Remembered(partial(self._ids, f)), text)
+        for at, name in enumerate(c.name for c in self.layout.dense):
+            add("dense", at, name, _Remembered(partial(_scaled, self.numeric[name])))
+        for at, name in enumerate(c.name for c in self.layout.sequences):
+            f = self.schema[name]
+            assert isinstance(f, SequenceField)
+            add("sequences", at, name, partial(self._sequence, f), _as_text(f, self._keys(f)))
+        for part, names, encode in (
+            ("labels", self.schema.labels, _labels),
+            ("weight", (self.schema.weight,), _weights),
+            ("group", (self.schema.group,), _codes),
+        ):
+            for at, special_name in enumerate(names):
+                if special_name is not None and special_name in special:
+                    add(part, at, special_name, _Remembered(encode))
+        return columns
 
-    def _ids(self, f: SparseField | DenseField, array: Any, describe: Callable[[int], str]) -> Ids:
+    def _ids(self, f: Field, array: Any, describe: Describe) -> Ids:
+        assert not isinstance(f, SequenceField)
         if isinstance(f, DenseField) and f.encoding == "bucket":
             return self.numeric[f.name].bucket_ids(as_floats(array, describe))
-        keys = _category_keys(array, describe) if isinstance(f, DenseField) else as_keys(array, self._keys(f), describe)
+        if isinstance(f, DenseField):
+            keys = _category_keys(as_floats(array, describe), describe)
+        else:
+            keys = as_keys(array, self._keys(f), describe)
         return self.vocabularies[_table(f)].ids(keys)
 
-    def _sequence(self, f: SequenceField, array: Any, describe: Callable[[int], str]) -> tuple[Ids, Ids]:
+    def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, Ids]:
         values, lengths, describe = _flat(f, array, describe)
         keys = as_keys(values, self._keys(f), describe)
         ids = self.vocabularies[_table(f)].ids(keys)
@@ -290,13 +313,138 @@ def _table(f: Field) -> str:
     return (None if isinstance(f, DenseField) else f.shares) or f.name
 
 
-def _describe(column: str, table: Source, start: int) -> Callable[[int], str]:
+def _describe(column: str, table: Source, start: int) -> Describe:
     return lambda row: f"column {column!r}, {table.locate(start + row)}"
+
+
+def _nowhere(_: int) -> str:
+    return ""
+
+
+class _Remembered:
+    """Encodes a column array by array, but each distinct value once, where the array tells what they are: in a dictionary, or
+    as integers of a narrow range. (The arrays of one row group of a Parquet file share a dictionary, or lengthen it.)
+    """
+
+    def __init__(self, encode: Callable[[Any, Describe], npt.NDArray[Any]]) -> None:
+        self._encode = encode
+        self._values: Any = pa.nulls(0)  # a dictionary, or all integers of a range
+        self._encoded: npt.NDArray[Any] = np.zeros(0)
+        self._missing: npt.NDArray[Any] | None = None
+
+    def __call__(self, array: Any, describe: Describe) -> npt.NDArray[Any]:
+        """The same as of ``encode`` itself."""
+        try:
+            if isinstance(array, pa.DictionaryArray):
+                table = self._dictionary(array.dictionary)
+                codes = array.indices.cast(pa.int32()).fill_null(len(table)).to_numpy(zero_copy_only=False)
+            elif (narrow := narrow_codes(array)) is not None:
+                codes, low, size = narrow
+                table = self._range(low, size)
+            else:
+                return self._encode(array, describe)
+            if array.null_count:
+                if self._missing is None:
+                    self._missing = self._encode(pa.nulls(1, array.type), _nowhere)
+                table = np.append(table, self._missing)
+        except DataError:  # of a value, perhaps one of other rows than these
+            return self._encode(array, describe)
+        rows: npt.NDArray[Any] = np.take(table, codes, mode="clip")  # the quickest mode; no code is out of range
+        return rows
+
+    def _dictionary(self, values: Any) -> npt.NDArray[Any]:
+        if not begins_with(self._values, values):
+            known = len(self._values) if begins_with(values, self._values) else 0
+            new = values.slice(known)
+            rows = pa.DictionaryArray.from_arrays(pa.array(np.arange(len(new), dtype=np.int32)), new)
+            encoded = self._encode(rows, _nowhere)
+            self._encoded = np.concatenate([self._encoded[:known], encoded]) if known else encoded
+            self._values = values
+        return self._encoded[: len(values)]
+
+    def _range(self, low: int, size: int) -> npt.NDArray[Any]:
+        first = self._values[0].as_py() if len(self._values) else low
+        if not first <= low <= low + size <= first + len(self._values):
+            values = pa.array(np.arange(low, low + size))
+            self._encoded = self._encode(values, _nowhere)
+            self._values, first = values, low
+        return self._encoded[low - first :][:size]
+
+
+@dataclass
+class _Column:
+    """One column on its way into blocks: where it comes from, and its place in a :class:`_Block`."""
+
+    part: str
+    at: int
+    name: str
+    table: Source
+    arrays: Iterator[Any]
+    encode: Callable[[Any, Describe], Any]
+    row: int = 0  # the next
+    rest: Any = None  # of the last array
+
+    def fill(self, block: _Block) -> None:
+        """Encode the next rows into a block."""
+        done, sequences = 0, []
+        while done < block.rows:
+            array = self.rest if self.rest is not None else next(self.arrays)
+            piece = array.slice(0, block.rows - done)
+            self.rest = array.slice(len(piece)) if len(piece) < len(array) else None
+            encoded = self.encode(piece, _describe(self.name, self.table, self.row))
+            if self.part == "sequences":
+                sequences.append(encoded)
+            else:
+                block.parts[self.part][self.at, done : done + len(piece)] = encoded
+            done += len(piece)
+            self.row += len(piece)
+        if sequences:
+            values, lengths = (np.concatenate(arrays) for arrays in zip(*sequences, strict=True))
+            block.sequences[self.name] = values, lengths
+
+
+def _fill(column: _Column, before: Future[None] | None, block: _Block) -> None:
+    if before is not None:  # the same column's part of the block before
+        before.result()
+    column.fill(block)
+
+
+class _Block:
+    """Rows on their way to an :class:`Encoded`: column by column, since every column is encoded by itself."""
+
+    def __init__(self, columns: Sequence[_Column], rows: int) -> None:
+        self.rows = rows
+        self.sequences: dict[str, tuple[Ids, Ids]] = {}
+        self.parts: dict[str, npt.NDArray[Any]] = {}
+        for part, dtype in _DTYPES.items():
+            count = sum(column.part == part for column in columns)
+            # some rows more than needed, since columns a power of two of bytes apart would share few lines of the cache
+            self.parts[part] = np.empty((count, rows + 16), dtype)[:, :rows]
+
+    def encoded(self, layout: BatchLayout) -> Encoded:
+        """The rows, once every column has filled its part."""
+        parts = {part: np.ascontiguousarray(columns.T) for part, columns in self.parts.items()}
+        sequences = {c.name: self.sequences[c.name] for c in layout.sequences}
+        labels, weight, group = (parts[name] if parts[name].shape[1] else None for name in ("labels", "weight", "group"))
+        return Encoded(
+            parts["sparse"],
+            parts["dense"],
+            sequences,
+            labels=labels,
+            weight=None if weight is None else weight[:, 0],
+            group=None if group is None else group[:, 0],
+        )
+
+
+def _finished(block: _Block, jobs: list[Future[None]], layout: BatchLayout) -> Encoded:
+    for job in jobs:
+        job.result()
+    return block.encoded(layout)
 
 
 def parallel(job: Callable[[T], R], items: Sequence[T], *, rows: int = BLOCK_ROWS) -> list[R]:
     """``[job(i) for i in items]`` on all cores (Arrow and NumPy release the interpreter lock); alone where rows are few."""
-    threads = min(cpu_count() or 1, len(items)) if rows > 4096 else 1
+    threads = min(cpu_count() or 1, len(items)) if rows > _FEW_ROWS else 1
     if threads <= 1:
         return [job(i) for i in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -308,9 +456,9 @@ def _as_text(f: SparseField | SequenceField, kind: Any) -> bool:
     return kind != pa.int64() or (isinstance(f, SequenceField) and f.separator is not None)
 
 
-def _blocks(name: str, table: Source, bar: Tracker, text: bool = False) -> Iterator[tuple[Any, Callable[[int], str]]]:
+def _blocks(name: str, table: Source, bar: Tracker, text: bool = False) -> Iterator[tuple[Any, Describe]]:
     start = 0
-    for array in table.blocks(name, text=text):
+    for array in table.arrays(name, text=text):
         yield array, _describe(name, table, start)
         start += len(array)
         bar.advance(len(array))
@@ -343,12 +491,12 @@ def _separated(members: list[SparseField | SequenceField]) -> bool:
 def _fit_dense(f: DenseField, table: Source, bar: Tracker) -> Numeric | Vocabulary:
     moments, quantiles, counter = Moments(), Quantiles(), ValueCounter(pa.int64())
     for array, describe in _blocks(f.name, table, bar):
-        x = as_floats(array, describe)
+        x, counts = tally(array, describe)
         if f.encoding == "criteo_log":
-            counter.update(_category_keys(array, describe))
+            counter.update(_category_keys(x, describe), counts)
         elif f.encoding in ("piecewise", "bucket"):
-            quantiles.update(x)
-        moments.update(signed_log(x) if f.encoding == "log" else x)
+            quantiles.update(x, counts)
+        moments.update(signed_log(x) if f.encoding == "log" else x, counts)
     if not moments.maximum >= moments.minimum:
         raise _all_missing(f.name, table)
     missing = moments.missing > 0
@@ -367,15 +515,12 @@ def _all_missing(name: str, table: Source) -> DataError:
     return DataError(f"column {name!r} of {table.name} has only missing values in the training rows; remove the field")
 
 
-def _category_keys(array: Any, describe: Callable[[int], str]) -> Any:
-    x: Floats = as_floats(array, describe)
+def _category_keys(x: Floats, describe: Describe) -> Any:
     missing = np.isnan(x)
-    return pa.array(criteo_log(np.where(missing, 0, x)), mask=missing).dictionary_encode()
+    return as_keys(pa.array(criteo_log(np.where(missing, 0, x)), mask=missing), pa.int64(), describe)
 
 
-def _flat(
-    f: SequenceField, array: Any, describe: Callable[[int], str]
-) -> tuple[Any, npt.NDArray[np.int32], Callable[[int], str]]:
+def _flat(f: SequenceField, array: Any, describe: Describe) -> tuple[Any, npt.NDArray[np.int32], Describe]:
     """The values of all lists one after another, the length of each list (0: missing), and the place of a value."""
     lists = _lists(f, array, describe)
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
@@ -383,7 +528,8 @@ def _flat(
     return lists.flatten(), lengths, lambda at: describe(int(np.searchsorted(ends, at, side="right")))
 
 
-def _scaled(numeric: Numeric, x: Floats, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:
+def _scaled(numeric: Numeric, array: Any, describe: Describe) -> npt.NDArray[np.float32]:
+    x = as_floats(array, describe)
     with np.errstate(over="ignore"):
         scaled = numeric.scaled(x)
     if np.isinf(scaled).any():
@@ -392,7 +538,7 @@ def _scaled(numeric: Numeric, x: Floats, describe: Callable[[int], str]) -> npt.
     return scaled
 
 
-def _lists(f: SequenceField, array: Any, describe: Callable[[int], str]) -> Any:
+def _lists(f: SequenceField, array: Any, describe: Describe) -> Any:
     """The column as a list array without nulls inside lists."""
     if isinstance(array, pa.DictionaryArray):
         array = array.dictionary_decode()
@@ -416,7 +562,7 @@ def _lists(f: SequenceField, array: Any, describe: Callable[[int], str]) -> Any:
     return array
 
 
-def _labels(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:
+def _labels(array: Any, describe: Describe) -> npt.NDArray[np.float32]:
     keys = array.dictionary_encode() if not isinstance(array, pa.DictionaryArray) else array
     values = np.array([_label(value) for value in keys.dictionary.to_pylist()] + [np.nan], np.float32)
     labels: npt.NDArray[np.float32] = values[keys.indices.cast(pa.int32()).fill_null(len(values) - 1).to_numpy()]
@@ -434,7 +580,7 @@ def _label(value: object) -> float:
     return number if number in (0, 1) else math.nan
 
 
-def _weights(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.float32]:
+def _weights(array: Any, describe: Describe) -> npt.NDArray[np.float32]:
     values = as_floats(array, describe)
     wrong = ~(values >= 0)
     if wrong.any():
@@ -443,7 +589,7 @@ def _weights(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.float
     return values.astype(np.float32)
 
 
-def _codes(array: Any, describe: Callable[[int], str]) -> npt.NDArray[np.int64]:
+def _codes(array: Any, describe: Describe) -> npt.NDArray[np.int64]:
     """An int64 that is equal where the raw value is equal: integers themselves, hashes of text; missing is one group."""
     keys = as_keys(array, key_type(array.type), describe)
     integers = keys.dictionary.type == pa.int64()

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, DataError, NumericEncoding
 
 Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 _MAX_DISTINCT = 1 << 20
 
 
@@ -51,6 +52,39 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def narrow_codes(array: Any) -> tuple[npt.NDArray[np.int64], int, int] | None:
+    """Integers of a narrow range as codes that count from the smallest; ``None`` for any other array.
+
+    What is done to every row can then be done to the range alone, and looked up.
+
+    Returns:
+        The code of every row, the smallest value (code 0) and the size of the range (the code of missing values).
+    """
+    if not pa.types.is_integer(array.type) or array.null_count == len(array):
+        return None
+    low, high = (v.as_py() for v in pc.min_max(array).values())
+    size = high - low + 1
+    if size > 2 * len(array) or not -(2**63) <= low <= high < 2**63 - 1:
+        return None
+    return pc.cast(array, pa.int64()).fill_null(high + 1).to_numpy() - low, low, size
+
+
+def tally(array: Any, describe: Callable[[int], str]) -> tuple[Floats, Counts]:
+    """Numbers of a column and how often each occurs; a number may come more than once. NaN is missing.
+
+    Raises:
+        DataError: see :func:`as_floats`.
+    """
+    narrow = narrow_codes(array)
+    if narrow is None:
+        x = as_floats(array, describe)
+        return x, np.ones(len(x), np.int64)
+    codes, low, size = narrow
+    counts = np.bincount(codes)
+    seen = np.flatnonzero(counts)
+    return np.where(seen < size, seen + float(low), np.nan), counts[seen]
+
+
 def signed_log(x: Floats) -> Floats:
     """sign(x)·ln(1 + |x|)."""
     return np.sign(x) * np.log1p(np.abs(x))
@@ -69,15 +103,18 @@ class Moments:
         self.minimum, self.maximum = math.inf, -math.inf
         self._blocks: list[tuple[int, float, float]] = []
 
-    def update(self, x: Floats) -> None:
-        """Add a block; NaN is missing."""
-        present = x[~np.isnan(x)]
-        self.missing += len(x) - len(present)
-        if len(present):
+    def update(self, x: Floats, counts: Counts | None = None) -> None:
+        """Add a block: numbers and how often each occurs (default: once); NaN is missing."""
+        counts = np.ones(len(x), np.int64) if counts is None else counts
+        known = ~np.isnan(x)
+        present, n = x[known], counts[known]
+        rows = int(n.sum())
+        self.missing += int(counts.sum()) - rows
+        if rows:
             low, high = float(present.min()) + 0.0, float(present.max()) + 0.0  # + 0.0: −0 is 0
             self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-            mean = float(present.mean())
-            self._blocks.append((len(present), mean, float(((present - mean) ** 2).sum())))
+            mean = float((present * n).sum()) / rows
+            self._blocks.append((rows, mean, float((n * (present - mean) ** 2).sum())))
 
     def mean_std(self) -> tuple[float, float]:
         """Mean and population standard deviation (1 for a constant), rounded so that the order of rows cannot show."""
@@ -101,34 +138,37 @@ class Quantiles:
 
     def __init__(self) -> None:
         self._keys: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
-        self._counts: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._counts: Counts = np.zeros(0, np.int64)
+        self._blocks: list[tuple[npt.NDArray[np.uint64], Counts]] = []
         self._dropped_bits = 0
 
-    def update(self, x: Floats) -> None:
-        """Add a block; NaN is missing."""
-        bits = (x[~np.isnan(x)] + 0.0).view(np.uint64)  # + 0.0: −0 is 0
+    def update(self, x: Floats, counts: Counts | None = None) -> None:
+        """Add a block: numbers and how often each occurs (default: once); NaN is missing."""
+        known = ~np.isnan(x)
+        bits = (x[known] + 0.0).view(np.uint64)  # + 0.0: −0 is 0
         sign = np.uint64(1 << 63)
         ordered = np.where(bits & sign, ~bits, bits | sign)  # unsigned integers in the order of the floats
-        keys, counts = np.unique(self._round(ordered), return_counts=True)
-        self._merge(np.concatenate([self._keys, keys]), np.concatenate([self._counts, counts]))
-        if len(self._keys) > _MAX_DISTINCT:
-            widths = _bit_length(self._keys[1:] ^ self._keys[:-1])  # neighbours are one when as many bits are dropped
-            self._dropped_bits = int(np.partition(widths, -_MAX_DISTINCT)[-_MAX_DISTINCT])
-            self._merge(self._round(self._keys), self._counts)
+        ones = np.ones(len(ordered), np.int64)
+        self._blocks.append(_distinct(self._round(ordered), ones if counts is None else counts[known]))
+        if sum(len(keys) for keys, _ in self._blocks) > _MAX_DISTINCT:
+            self._merge()
 
     def _round(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         shift = np.uint64(self._dropped_bits)
         return (keys >> shift) << shift
 
-    def _merge(self, keys: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64]) -> None:
-        if len(keys):
-            order = np.argsort(keys, kind="stable")  # quick: two sorted runs
-            keys, counts = keys[order], counts[order]
-            first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-            self._keys, self._counts = keys[first], np.add.reduceat(counts, first)
+    def _merge(self) -> None:
+        blocks = [(self._keys, self._counts), *self._blocks]
+        self._keys, self._counts = _distinct(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
+        self._blocks = []
+        if len(self._keys) > _MAX_DISTINCT:
+            widths = _bit_length(self._keys[1:] ^ self._keys[:-1])  # neighbours are one when as many bits are dropped
+            self._dropped_bits = int(np.partition(widths, -_MAX_DISTINCT)[-_MAX_DISTINCT])
+            self._keys, self._counts = _distinct(self._round(self._keys), self._counts)
 
     def edges(self, num_bins: int) -> tuple[float, ...]:
         """Distinct quantiles at 0, 1/num_bins, …, 1: at most ``num_bins`` + 1 of them, rising."""
+        self._merge()
         if not len(self._keys):
             return ()
         sign = np.uint64(1 << 63)
@@ -136,6 +176,16 @@ class Quantiles:
         cumulative = np.cumsum(self._counts)
         ranks = np.arange(num_bins + 1) * (cumulative[-1] - 1) // num_bins
         return tuple(float(v) for v in np.unique(values[np.searchsorted(cumulative, ranks, side="right")]))
+
+
+def _distinct(keys: npt.NDArray[np.uint64], counts: Counts) -> tuple[npt.NDArray[np.uint64], Counts]:
+    """Sorted distinct keys, and the sum of the counts of each."""
+    if not len(keys):
+        return keys, counts
+    order = np.argsort(keys)
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    return keys[first], np.add.reduceat(counts, first)
 
 
 def _bit_length(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:

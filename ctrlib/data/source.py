@@ -10,12 +10,13 @@ import glob
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from ctrlib.schema import DataError, suggest
 
 BLOCK_ROWS = 1 << 17
+_READ_BYTES = 1 << 18  # of a file at a time, for each column: many columns of large row groups are read side by side
 _CSV_BLOCK = 1 << 24  # bytes; no row may be longer
 _CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -36,14 +38,18 @@ class Source:
     Attributes:
         name: how errors call it.
         types: Arrow type by column name.
-        num_rows: rows (after :meth:`select`, the selected ones).
+        num_rows: rows (after :meth:`select` or :meth:`divide`, the selected ones).
+        codes: a number for every row of the whole table, shared by all selections that one :meth:`divide` made; ``None``: all
+            rows are selected.
+        picks: the codes whose rows are selected.
     """
 
     name: str
     types: Mapping[str, Any]
     parts: Sequence[_Part]
     num_rows: int
-    rows: np.ndarray | None = None
+    codes: npt.NDArray[np.uint8] | None = None
+    picks: tuple[int, ...] = ()
     keep_alive: object = field(default=None, repr=False)
 
     def require(self, columns: Sequence[str], why: str = "") -> None:
@@ -57,11 +63,30 @@ class Source:
 
     def select(self, rows: np.ndarray) -> Source:
         """The rows where the boolean mask over *all* rows of the table is true."""
-        return Source(self.name, self.types, self.parts, int(rows.sum()), rows, self.keep_alive)
+        return self.divide(rows.astype(bool, copy=False).view(np.uint8), {"": 1})[""]
+
+    def divide(self, codes: npt.NDArray[np.uint8], parts: Mapping[str, int]) -> dict[str, Source]:
+        """Selections by name: each has the rows with its code, where ``codes`` holds one for *every* row of the table."""
+        return {
+            name: replace(self, num_rows=int(np.count_nonzero(codes == code)), codes=codes, picks=(code,))
+            for name, code in parts.items()
+        }
+
+    def joined(self, others: Iterable[Source]) -> Source:
+        """The rows of this selection and of others that the same :meth:`divide` made, in row order."""
+        sizes = {source.picks: source.num_rows for source in (self, *others)}
+        return replace(self, num_rows=sum(sizes.values()), picks=tuple(pick for picks in sizes for pick in picks))
+
+    def chosen(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which of the rows from ``start`` to ``stop`` of the whole table are selected, where not all are (``codes``)."""
+        assert self.codes is not None
+        picked = np.zeros(256, bool)
+        picked[list(self.picks)] = True
+        return picked[self.codes[start:stop]]
 
     def locate(self, row: int) -> str:
         """``"<file>, row 17"`` of the row at position ``row``; the first data row of a file is row 1."""
-        at = int(np.flatnonzero(self.rows)[row]) if self.rows is not None else row
+        at = int(np.flatnonzero(self.chosen())[row]) if self.codes is not None else row
         for part in self.parts:
             if at < part.num_rows:
                 return f"{part.name}, row {at + 1}"
@@ -86,27 +111,29 @@ class Source:
             DataError: a file turns out to be damaged.
         """
         buffered: list[Any] = []
-        count = 0
-        for array in self._selected(column, text):
-            buffered.append(array)
-            count += len(array)
-            while count >= block_rows:
-                whole = _concat(buffered)
-                yield whole.slice(0, block_rows)
-                buffered = [whole.slice(block_rows)] if count > block_rows else []
-                count -= block_rows
-        if count:
+        missing = block_rows
+        for array in self.arrays(column, text=text):
+            while len(array) >= missing:
+                yield _concat([*buffered, array.slice(0, missing)])
+                buffered, array, missing = [], array.slice(missing), block_rows
+            if len(array):
+                buffered.append(array)
+                missing -= len(array)
+        if buffered:
             yield _concat(buffered)
 
-    def _selected(self, column: str, text: bool) -> Iterator[Any]:
+    def arrays(self, column: str, *, text: bool = False) -> Iterator[Any]:
+        """As :meth:`blocks`, but in the arrays that reading gives, none of them longer than ``BLOCK_ROWS``."""
         at = 0
         for part in self.parts:
             for array in part.arrays(column, text):
-                if self.rows is None:
+                end = at + len(array)
+                chosen = None if self.codes is None else self.chosen(at, end)
+                at = end
+                if chosen is not None and not chosen.all():
+                    array = array.filter(pa.array(chosen))
+                if len(array):
                     yield array
-                else:
-                    yield array.filter(pa.array(self.rows[at : at + len(array)]))
-                at += len(array)
 
     def column(self, column: str) -> Any:
         """The whole column as one Arrow array."""
@@ -135,17 +162,20 @@ class _Part:
 
     def arrays(self, column: str, text: bool) -> Iterator[Any]:
         if self.table is not None:
-            yield from self.table.column(column).chunks
+            for chunk in self.table.column(column).chunks:
+                yield from (chunk.slice(at, BLOCK_ROWS) for at in range(0, len(chunk), BLOCK_ROWS))
             return
         try:
             stored_text = column in self.texts
             cast = None if text and stored_text else self.casts.get(column)
             dictionary = [column] if stored_text else []
-            with pq.ParquetFile(self.path, metadata=self.metadata, read_dictionary=dictionary, memory_map=True) as file:
+            with pq.ParquetFile(
+                self.path, metadata=self.metadata, read_dictionary=dictionary, buffer_size=_READ_BYTES, pre_buffer=False
+            ) as file:
                 for batch in file.iter_batches(BLOCK_ROWS, columns=[column], use_threads=False):
                     array = batch.column(0)
                     if cast is not None:
-                        array = pc.cast(array.dictionary_decode() if stored_text else array, cast)
+                        array = pc.cast(array.dictionary, cast).take(array.indices) if stored_text else pc.cast(array, cast)
                     yield array
         except (pa.ArrowInvalid, OSError) as error:
             raise _damaged(self.path, error) from error

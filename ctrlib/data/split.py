@@ -1,4 +1,7 @@
-"""Training, validation and test rows where no split is given: by time where a time column is known, else at random."""
+"""Training, validation and test rows where no split is given: by time where a time column is known, else at random.
+
+A split is one byte for every row; only a split by time holds more (the time column).
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,14 @@ def split_rows(
         seed: of the random split.
 
     Raises:
-        DataError: shares that do not sum to 1, fewer rows than parts, no time column, or a row without a time.
+        DataError: shares that do not sum to 1, fewer rows than parts, more than 255 parts, no time column, or a row without a
+            time.
     """
     shares = np.array(list(fractions.values()))
     if not ((shares > 0).all() and abs(shares.sum() - 1) <= 1e-9):
         raise DataError(f"the split shares are {list(fractions.values())}; expected positive numbers that sum to 1")
+    if len(shares) > 255:
+        raise DataError(f"the split has {len(shares)} parts; expected at most 255")
     if by not in get_args(SplitBy):
         raise DataError(f"the split is by {by!r}; expected one of {', '.join(get_args(SplitBy))}")
     if by == "time" and time is None:
@@ -42,24 +48,23 @@ def split_rows(
         )
     n = table.num_rows
     cuts = np.rint(np.cumsum(shares) * n).astype(np.int64)
-    if n < len(shares) or (np.diff(cuts, prepend=0) == 0).any():
+    cuts[-1] = n
+    sizes = np.diff(cuts, prepend=0)
+    if n < len(shares) or (sizes == 0).any():
         raise DataError(f"{table.name} has {n} rows, too few for {', '.join(fractions)}; give more rows or other shares")
-    rank = np.empty(n, np.int64)
+    codes = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
     if by == "time" or (by == "auto" and time is not None):
         assert time is not None
-        rank[np.argsort(_times(table, time), kind="stable")] = np.arange(n)
-    elif by == "order":
-        rank = np.arange(n)
-    else:
-        rank = np.random.default_rng(seed).permutation(n)
-    part = np.searchsorted(cuts, rank, side="right")
-    if table.rows is None:
-        return {name: table.select(part == i) for i, name in enumerate(fractions)}
-    rows = np.flatnonzero(table.rows)
-    masks = {name: np.zeros(len(table.rows), bool) for name in fractions}
-    for i, mask in enumerate(masks.values()):
-        mask[rows[part == i]] = True
-    return {name: table.select(mask) for name, mask in masks.items()}
+        for code, rows in enumerate(np.split(np.argsort(_times(table, time), kind="stable"), cuts[:-1])):
+            codes[rows] = code
+    elif by != "order":
+        np.random.default_rng(seed).shuffle(codes)
+    if table.codes is not None:
+        chosen = table.chosen()
+        everywhere = np.full(len(chosen), len(sizes), np.uint8)  # one more code, for the rows that the table does not select
+        everywhere[chosen] = codes
+        codes = everywhere
+    return table.divide(codes, {name: code for code, name in enumerate(fractions)})
 
 
 def _times(table: Source, time: str) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,17 @@ class Store:
 
     @classmethod
     def create(cls, path: str | Path, encoder: Encoder, sources: Mapping[str, Source]) -> Store:
-        """Encode each source into a split of a new store.
+        """Encode each source into a split of a new store; parts of one table (:func:`.split_rows`) in one pass over it.
 
         Raises:
             DataError: the folder exists and is not an unfinished store, cannot be written, or a value cannot be encoded.
         """
         with new_folder(path) as part:
             encoder.save(part)
-            splits = {name: _write_split(part / name, encoder, source) for name, source in sources.items()}
+            written: dict[str, Any] = {}
+            for group in _by_table(sources):
+                written |= _write_splits(part, encoder, group)
+            splits = {name: written[name] for name in sources}
             write_json(part / "manifest.json", {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits})
         return cls.open(path, verify=False)
 
@@ -169,45 +172,91 @@ class Store:
         )
 
 
-def _write_split(folder: Path, encoder: Encoder, source: Source) -> dict[str, Any]:
-    if source.num_rows == 0:
-        raise DataError(f"{source.name}: no rows for the split {folder.name!r}; expected at least one")
-    folder.mkdir()
-    writers: dict[str, _Writer] = {}
+def _by_table(sources: Mapping[str, Source]) -> list[dict[str, Source]]:
+    """The sources in groups, each of selections that were made together."""
+    groups: dict[object, dict[str, Source]] = {}
+    for name, source in sources.items():
+        groups.setdefault(name if source.codes is None else id(source.codes), {})[name] = source
+    return list(groups.values())
 
-    def append(file: str, array: npt.NDArray[Any] | None) -> None:
+
+class _SplitWriter:
+    """Appends encoded rows to the files of one split."""
+
+    def __init__(self, folder: Path, sequences: Sequence[str]) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._sequences = dict.fromkeys(sequences, 0)  # values so far
+        self._files: dict[str, _Writer] = {}
+        for i in range(len(sequences)):
+            self._append(f"offsets-{i}.bin", np.zeros(1, np.int64))
+
+    def append(self, block: Encoded) -> None:
+        self._append("sparse.bin", block.sparse)
+        self._append("dense.bin", block.dense)
+        self._append("labels.bin", block.labels)
+        self._append("weight.bin", block.weight)
+        self._append("group.bin", block.group)
+        for i, (name, end) in enumerate(self._sequences.items()):
+            values, lengths = block.sequences[name]
+            self._append(f"values-{i}.bin", values)
+            self._append(f"offsets-{i}.bin", end + np.cumsum(lengths, dtype=np.int64))
+            self._sequences[name] = end + len(values)
+
+    def _append(self, file: str, array: npt.NDArray[Any] | None) -> None:
         if array is not None:
-            if file not in writers:
-                writers[file] = _Writer(folder / file)
-                files.callback(writers[file].close)
-            writers[file].append(array)
+            if file not in self._files:
+                self._files[file] = _Writer(self._folder / file)
+            self._files[file].append(array)
 
-    ends = [0] * len(encoder.layout.sequences)
-    with ExitStack() as files, track(f"encode {folder.name}", source.num_rows) as bar:
-        for i in range(len(ends)):
-            append(f"offsets-{i}.bin", np.zeros(1, np.int64))
-        for block in encoder.encode(source):
-            _append_block(block, encoder, ends, append)
-            bar.advance(len(block.sparse))
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def entries(self) -> dict[str, Any]:
+        return {name: file.entry() for name, file in self._files.items()}
+
+
+def _write_splits(folder: Path, encoder: Encoder, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Encode selections of one table side by side; returns what the manifest says of each."""
+    for name, source in sources.items():
+        if source.num_rows == 0:
+            raise DataError(f"{source.name}: no rows for the split {name!r}; expected at least one")
+    first = next(iter(sources.values()))
+    together = first.joined(sources.values()) if len(sources) > 1 else first
+    sequences = [column.name for column in encoder.layout.sequences]
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(closing(_SplitWriter(folder / name, sequences))) for name in sources}
+        bar = stack.enter_context(track(f"encode {', '.join(sources)}", together.num_rows))
+        codes = together.codes[together.chosen()] if len(sources) > 1 and together.codes is not None else None
+        done = 0
+        for block in stack.enter_context(closing(encoder.encode(together))):
+            rows = len(block.sparse)
+            for name, writer in writers.items():
+                writer.append(block if codes is None else _part(block, codes[done : done + rows] == sources[name].picks[0]))
+            done += rows
+            bar.advance(rows)
     return {
-        "rows": source.num_rows,
-        "sources": source.fingerprint(),
-        "files": {file: writer.entry() for file, writer in writers.items()},
+        name: {"rows": source.num_rows, "sources": source.fingerprint(), "files": writers[name].entries()}
+        for name, source in sources.items()
     }
 
 
-def _append_block(block: Encoded, encoder: Encoder, ends: list[int], append: Any) -> None:
-    append("sparse.bin", block.sparse)
-    append("dense.bin", block.dense)
-    append("labels.bin", block.labels)
-    append("weight.bin", block.weight)
-    append("group.bin", block.group)
-    for i, column in enumerate(encoder.layout.sequences):
-        values, lengths = block.sequences[column.name]
-        offsets = ends[i] + np.cumsum(lengths, dtype=np.int64)
-        append(f"values-{i}.bin", values)
-        append(f"offsets-{i}.bin", offsets)
-        ends[i] = int(offsets[-1])
+def _part(block: Encoded, chosen: npt.NDArray[np.bool_]) -> Encoded:
+    """The chosen rows of a block."""
+    at = np.flatnonzero(chosen)
+
+    def take(array: npt.NDArray[Any] | None) -> Any:
+        return None if array is None else array.take(at, axis=0)
+
+    return Encoded(
+        take(block.sparse),
+        take(block.dense),
+        {name: (values[np.repeat(chosen, lengths)], take(lengths)) for name, (values, lengths) in block.sequences.items()},
+        labels=take(block.labels),
+        weight=take(block.weight),
+        group=take(block.group),
+    )
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:

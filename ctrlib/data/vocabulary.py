@@ -15,11 +15,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ctrlib.data.numeric import Counts, narrow_codes
 from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, DataError
 
 Ids = npt.NDArray[np.int32]
 Hashes = npt.NDArray[np.uint64]
 _EXACT_FLOATS = 2.0**53
+_HASHED = 1 << 16  # strings that are hashed at a time: bounds the memory it takes
+_PENDING = 1 << 18
 
 
 def key_type(kind: Any) -> Any:
@@ -44,7 +47,7 @@ def as_keys(array: Any, kind: Any, describe: Callable[[int], str]) -> Any:
         array = array.dictionary_decode()
     if pa.types.is_null(array.type):
         array = array.cast(kind)
-    encoded = array if isinstance(array, pa.DictionaryArray) else array.dictionary_encode()
+    encoded = array if isinstance(array, pa.DictionaryArray) else _dictionary_encode(array)
     values = encoded.dictionary
     try:
         keys = _exact(values, kind)
@@ -59,6 +62,15 @@ def as_keys(array: Any, kind: Any, describe: Callable[[int], str]) -> Any:
             "give the column the type it had in the training rows, or declare the field dense"
         ) from error
     return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), keys)
+
+
+def _dictionary_encode(array: Any) -> Any:
+    narrow = narrow_codes(array)
+    if narrow is None:
+        return array.dictionary_encode()
+    codes, low, size = narrow
+    indices = pa.array(codes.astype(np.int32), mask=codes == size if array.null_count else None)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(np.arange(low, low + size)))
 
 
 def _castable(value: Any, kind: Any) -> bool:
@@ -103,13 +115,11 @@ def hash64(values: Any) -> Hashes:
     """A fixed 64-bit hash of every value of a null-free int64 or large_string array: the same on every machine and version."""
     if values.type == pa.int64():
         return _mix(values.to_numpy(zero_copy_only=False).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    length = len(values)
-    _, offset_buffer, data_buffer = values.buffers()
-    if length == 0:
+    if len(values) > _HASHED:
+        return np.concatenate([hash64(values.slice(at, _HASHED)) for at in range(0, len(values), _HASHED)])
+    if len(values) == 0:
         return np.zeros(0, np.uint64)
-    offsets = np.frombuffer(offset_buffer, np.int64)[values.offset : values.offset + length + 1]
-    data = np.frombuffer(data_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
-    offsets = offsets - offsets[0]
+    offsets, data = _text_buffers(values)
     lengths = np.diff(offsets)
     # Polynomial in a fixed odd base over bytes spread to random words, all strings at once by a running sum.
     powers = np.full(int(lengths.max(initial=0)) + 1, 0x9E3779B97F4A7C15, np.uint64)
@@ -120,6 +130,72 @@ def hash64(values: Any) -> Hashes:
         terms = letters[data] * powers[np.arange(len(data)) - np.repeat(offsets[:-1], lengths)]
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
         return _mix(sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64))
+
+
+def _text_buffers(values: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Where each string of a large_string array starts (and the last one ends) in the bytes of all of them."""
+    _, offset_buffer, data_buffer = values.buffers()
+    offsets = np.frombuffer(offset_buffer or b"\0" * 8, np.int64)[values.offset : values.offset + len(values) + 1]
+    data = np.frombuffer(data_buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return offsets - offsets[0], data
+
+
+def _search_hash(values: Any) -> Hashes:
+    """A hash for tables in memory: as :func:`hash64`, but quick, and free to change."""
+    if len(values) > _HASHED:
+        return np.concatenate([_search_hash(values.slice(at, _HASHED)) for at in range(0, len(values), _HASHED)])
+    if values.type == pa.int64():
+        return _mix(values.to_numpy(zero_copy_only=False).view(np.uint64))
+    offsets, data = _text_buffers(values)
+    lengths = np.diff(offsets)
+    padded = np.concatenate([data, np.zeros(8, np.uint8)])
+    words: npt.NDArray[np.uint64] = np.ndarray(len(data) + 1, "<u8", padded, strides=(1,))  # the 8 bytes from every place
+    masks = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)
+    hashes = _mix(words[offsets[:-1]] & masks[np.minimum(lengths, 8)] ^ lengths.astype(np.uint64))
+    done, rows = 8, np.flatnonzero(lengths > 8)
+    while len(rows):
+        left = lengths[rows] - done
+        hashes[rows] = _mix(hashes[rows] ^ (words[offsets[rows] + done] & masks[np.minimum(left, 8)]))
+        done, rows = done + 8, rows[left > 8]
+    return hashes
+
+
+class _Index:
+    """Finds the positions of many values at a time, in an array of distinct values without nulls."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self._bits = len(values).bit_length()
+        self._low = np.uint64((1 << self._bits) - 1)
+        self._shift = np.uint64(63 - self._bits)  # of hashes with one bit less, since no shift is by 64
+
+    @cached_property
+    def _table(self) -> tuple[Hashes, Ids]:
+        """Sorted entries, the leading bits of a hash and in place of its last ones a position; and where each bucket starts."""
+        entries = np.sort(_search_hash(self.values) & ~self._low | np.arange(len(self.values), dtype=np.uint64))
+        sizes = np.bincount(self._bucket(entries), minlength=1 << self._bits)
+        return entries, np.concatenate([np.zeros(1, np.int32), np.cumsum(sizes, dtype=np.int32)])
+
+    def _bucket(self, hashes: Hashes) -> npt.NDArray[np.int64]:
+        return (hashes >> np.uint64(1) >> self._shift).view(np.int64)
+
+    def find(self, values: Any) -> Ids:
+        """The position of each value of a null-free array; -1: not there."""
+        found = np.full(len(values), -1, np.int32)
+        all_entries, starts = self._table
+        hashes = _search_hash(values)
+        bucket = self._bucket(hashes)
+        at, end = starts[bucket], starts[bucket + 1]
+        left = np.flatnonzero(at < end)
+        while len(left):
+            entries = all_entries[at[left]]
+            hit = np.flatnonzero((entries ^ hashes[left]) <= self._low)  # equal as far as entries tell
+            position, row = (entries[hit] & self._low).view(np.int64), left[hit]
+            same = pc.equal(self.values.take(pa.array(position)), values.take(pa.array(row))).to_numpy(zero_copy_only=False)
+            found[row[same]] = position[same]
+            at[left] += 1
+            left = left[(found[left] < 0) & (at[left] < end[left])]
+        return found
 
 
 def _spread(keys: Any, dictionary_ids: Ids, missing_id: int) -> Ids:
@@ -135,38 +211,59 @@ class ValueCounter:
     def __init__(self, kind: Any) -> None:
         self.nulls = 0
         self._kind = kind
-        self._values: list[Any] = []
-        self._counts: list[npt.NDArray[np.int64]] = []
-        self._pending = 0
-        self._merged = 0
+        self._index = _Index(pa.array([], kind))
+        self._counts: Counts = np.zeros(0, np.int64)  # of the values of the index
+        self._new: list[tuple[Any, Counts]] = []  # values that the index lacks, perhaps several times
+        self._last = (self._index.values, self._counts)  # the dictionary of the last blocks
 
-    def update(self, keys: Any) -> None:
-        """Add a dictionary-encoded block."""
-        self.nulls += keys.null_count
-        codes = keys.indices.drop_null().to_numpy(zero_copy_only=False)
-        counts = np.bincount(codes, minlength=len(keys.dictionary))
-        self._values.append(keys.dictionary)
-        self._counts.append(counts)
-        self._pending += len(counts)
-        if self._pending > max(1 << 20, 2 * self._merged):
+    def update(self, keys: Any, weights: Counts | None = None) -> None:
+        """Add a dictionary-encoded block, each row as often as ``weights`` says (default: once)."""
+        values = keys.dictionary
+        codes = keys.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
+        counts = np.bincount(codes, weights, len(values) + 1).astype(np.int64)  # exact in floats, up to 2^53
+        self.nulls += int(counts[-1])
+        counts = counts[:-1]
+        before, so_far = self._last
+        if begins_with(values, before):  # blocks of one row group of a Parquet file share a dictionary, or lengthen it
+            counts[: len(before)] += so_far
+        else:
+            self._look_up()
+        self._last = (values, counts)
+
+    def _look_up(self) -> None:
+        values, counts = self._last
+        seen = np.flatnonzero(counts)
+        if len(seen) < len(counts):
+            values, counts = values.take(pa.array(seen)), counts[seen]
+        at = self._index.find(values)
+        known = at >= 0
+        np.add.at(self._counts, at[known], counts[known])
+        self._new.append((values.filter(pa.array(~known)), counts[~known]))
+        self._last = (values.slice(0, 0), counts[:0])
+        if sum(len(new) for _, new in self._new) > max(_PENDING, len(self._counts)):
             self._merge()
 
     def _merge(self) -> None:
-        values = pa.concat_arrays(self._values).dictionary_encode() if self._values else None
-        if values is None:
-            self._values, self._counts = [pa.array([], self._kind)], [np.zeros(0, np.int64)]
-        else:
-            codes = values.indices.to_numpy(zero_copy_only=False)
-            totals = np.zeros(len(values.dictionary), np.int64)
-            np.add.at(totals, codes, np.concatenate(self._counts))
-            self._values, self._counts = [values.dictionary], [totals]
-        self._pending = self._merged = len(self._counts[0])
+        if not self._new:
+            return
+        values, counts = zip(*self._new, strict=True)
+        distinct = pa.concat_arrays(values).dictionary_encode()
+        codes = distinct.indices.to_numpy(zero_copy_only=False)
+        totals = np.bincount(codes, np.concatenate(counts), len(distinct.dictionary))
+        self._index = _Index(pa.concat_arrays([self._index.values, distinct.dictionary]))
+        self._counts = np.concatenate([self._counts, totals.astype(np.int64)])
+        self._new = []
 
-    def result(self) -> tuple[Any, npt.NDArray[np.int64]]:
+    def result(self) -> tuple[Any, Counts]:
         """Distinct non-null values and how often each occurred."""
+        self._look_up()
         self._merge()
-        seen = self._counts[0] > 0
-        return self._values[0].filter(pa.array(seen)), self._counts[0][seen]
+        return self._index.values, self._counts
+
+
+def begins_with(values: Any, start: Any) -> bool:
+    """Whether the first values of an array are those of another (compared as memory, where both hold strings or integers)."""
+    return len(values) >= len(start) and bool(values.slice(0, len(start)).equals(start))
 
 
 @dataclass(frozen=True)
@@ -202,36 +299,17 @@ class Vocabulary:
         return int(np.argmax(nulls)) + FIRST_VALUE_ID if nulls.any() else OOV_ID
 
     @cached_property
-    def _index(self) -> tuple[npt.NDArray[Any], Ids]:
-        """Sorted search keys (the integers themselves, or hashes of strings) and the id of each."""
+    def _index(self) -> tuple[_Index, Ids]:
+        """Where the values are, and the id at each place; the last one stands for values that are nowhere."""
+        if not self.values.null_count:
+            return _Index(self.values), np.append(np.arange(len(self.values)) + FIRST_VALUE_ID, OOV_ID).astype(np.int32)
         present = np.flatnonzero(pc.is_valid(self.values).to_numpy(zero_copy_only=False))
-        keys = self._search_keys(self.values.take(pa.array(present)))
-        order = np.argsort(keys, kind="stable")
-        if len(keys) and self.values.type != pa.int64() and (np.diff(keys[order]) == 0).any():
-            raise DataError("two values of one field have the same 64-bit hash; rename one of them")  # chance 1 in 10^7 at 10^6
-        return keys[order], (present[order] + FIRST_VALUE_ID).astype(np.int32)
-
-    def _search_keys(self, values: Any) -> npt.NDArray[Any]:
-        keys: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False) if values.type == pa.int64() else hash64(values)
-        return keys
+        return _Index(self.values.drop_null()), np.append(present + FIRST_VALUE_ID, OOV_ID).astype(np.int32)
 
     def ids(self, keys: Any) -> Ids:
         """Ids of a dictionary-encoded block of keys (:func:`as_keys`); values outside the vocabulary get OOV."""
-        return _spread(keys, self._dictionary_ids(keys.dictionary), self.missing_id)
-
-    def _dictionary_ids(self, values: Any) -> Ids:
-        found = np.full(len(values), OOV_ID, np.int32)
-        sorted_keys, ids = self._index
-        if not len(sorted_keys) or not len(values):
-            return found
-        keys = self._search_keys(values)
-        at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-        hit = np.flatnonzero(sorted_keys[at] == keys)
-        if self.values.type != pa.int64():  # equal hashes are not yet equal strings
-            same = pc.equal(values.take(pa.array(hit)), self.values.take(pa.array(ids[at[hit]] - FIRST_VALUE_ID)))
-            hit = hit[same.to_numpy(zero_copy_only=False)]
-        found[hit] = ids[at[hit]]
-        return found
+        index, ids = self._index
+        return _spread(keys, ids[index.find(keys.dictionary)], self.missing_id)
 
     def fingerprint(self) -> bytes:
         """Bytes that change with any value, order or count."""

@@ -35,7 +35,7 @@ another random 80/20 split of the Kaggle sample with minimum count 5, .7159 on t
 """
 
 
-def _sources(scratch: Path) -> dict[str, tuple[Path, DataOptions]]:
+def sources(scratch: Path) -> dict[str, tuple[Path, DataOptions]]:
     """The Kaggle sample through its script (random split), the 1TB-like sample as it is (the last rows are the test rows)."""
     script = ROOT / "datasets" / "criteo.py"
     kaggle = scratch / "kaggle"
@@ -56,7 +56,7 @@ def main() -> None:
     table = INTRO
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for name, (data, options) in _sources(scratch).items():
+        for name, (data, options) in sources(scratch).items():
             store = prepare(str(data), scratch / f"store-{name}", options)
             for model in MODELS:
                 found = []

@@ -47,8 +47,8 @@ def frappe(
     precision: Precision = "fp32",
     note: str = "",
 ) -> Experiment:
-    """An experiment with BARS' common settings: Adam 1e-3, batch 4096, patience 2, clipping at 10, 100 epochs."""
-    optimizer = OptimizerConfig(embedding_l2=embedding_l2, net_l2=net_l2)
+    """An experiment with BARS' common settings: dense Adam 1e-3, batch 4096, patience 2, clipping at 10, 100 epochs."""
+    optimizer = OptimizerConfig(embedding="dense", embedding_l2=embedding_l2, net_l2=net_l2)
     fit = FitConfig(optimizer=optimizer, monitor=monitor, precision=precision)
     return Experiment(
         name=f"frappe/{name}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def test_block_size_changes_nothing(block: int, monkeypatch: pytest.MonkeyPatch)
     blocks = list(encoder.encode(data, block_rows=block))
     assert [len(b.sparse) for b in blocks] == [block] * (300 // block) + [300 % block] * (300 % block > 0)
     same(stack(blocks), whole)
-    monkeypatch.setattr("ctrlib.data.source.Source.blocks.__kwdefaults__", {"text": False})
-    monkeypatch.setattr("ctrlib.data.source.Source.blocks.__defaults__", (block,))
+    monkeypatch.setattr("ctrlib.data.source.BLOCK_ROWS", block)
     assert Encoder.fit(SCHEMA, data).hash == encoder.hash
+    same(stack(list(encoder.encode(data, block_rows=50))), whole)
 
 
 def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +159,73 @@ def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         outputs.append(stack(list(encoder.encode(tmp_path / "a.parquet", block_rows=512))))
     assert len(hashes) == 1
     same(*outputs)
+
+
+@pytest.mark.parametrize("group", [1, 40, 700])
+@pytest.mark.parametrize("read", [7, 64, 1 << 17])
+def test_row_groups_and_their_dictionaries_change_nothing(
+    group: int, read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = rows(1000).astype({"agent": "category"})
+    pq.write_table(table(data), tmp_path / "a.parquet", row_group_size=group, dictionary_pagesize_limit=40)
+    mask = np.random.default_rng(1).random(1000) < 0.3
+    whole, part = (Encoder.fit(SCHEMA, rows_of) for rows_of in (data, data[mask]))
+    monkeypatch.setattr("ctrlib.data.source.BLOCK_ROWS", read)
+    source = open_source(tmp_path / "a.parquet")
+    assert Encoder.fit(SCHEMA, source).hash == whole.hash
+    assert Encoder.fit(SCHEMA, source.select(mask)).hash == part.hash
+    same(stack(list(part.encode(source, block_rows=90))), next(part.encode(data)))
+    same(stack(list(part.encode(source.select(mask), block_rows=90))), next(part.encode(data[mask])))
+
+
+def test_a_wide_range_and_a_narrow_one_encode_alike() -> None:
+    r = np.random.default_rng(3)
+    narrow = r.integers(-50, 200, 3000)
+    wide = np.append(narrow, [10**12, -(10**12)])  # the same values, but no range that could be looked up
+    fields = [SparseField(name="id"), SparseField(name="hashed", hash_size=30)]
+    numbers = [
+        DenseField(name=e, encoding=e, num_bins=8)
+        for e in ("standardize", "log", "minmax", "piecewise", "bucket", "criteo_log")
+    ]
+    names = ["id", "hashed", *(f.name for f in numbers)]
+    schema = Schema(fields=(*fields, *numbers), labels=("y",), weight="w", group="g")
+    gap = r.random(3000) < 0.1
+    columns = {n: pa.array(narrow, pa.int32(), mask=gap) for n in names}
+    special = {"y": pa.array(narrow % 2, pa.int8()), "w": pa.array(narrow + 50), "g": pa.array(narrow)}
+    encoder = Encoder.fit(schema, pa.table({**columns, **special}))
+    floats = {n: pa.array(narrow.astype(float), mask=gap) for n in names}
+    assert Encoder.fit(schema, {**floats, **special}).hash == encoder.hash
+    found = next(encoder.encode(pa.table({**columns, **special})))
+    longer = {n: pa.array(wide, mask=np.append(gap, [False, False])) for n in names}
+    ends = {"y": [0, 1], "w": [1, 10**12], "g": [10**15, -5]}
+    extra = {n: pa.concat_arrays([a.cast(pa.int64()), pa.array(ends[n])]) for n, a in special.items()}
+    slow = next(encoder.encode(pa.table({**longer, **extra})))
+    for name in ("sparse", "dense", "labels", "weight", "group"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(slow, name)[:3000])
+    assert found.group is not None
+    assert found.group.tolist() == narrow.tolist()
+
+
+@pytest.mark.parametrize("rows_of_error", [3, 4500, 9999])
+def test_an_error_in_any_block_comes_out_and_ends_the_threads(rows_of_error: int, tmp_path: Path) -> None:
+    labels = np.zeros(10_000, np.int64)
+    labels[rows_of_error] = 5
+    path = write(tmp_path / "a.parquet", x=[str(i % 7) for i in range(10_000)], y=labels)
+    encoder = Encoder.fit(one(SparseField(name="x")), path)
+    before = threading.active_count()
+    with pytest.raises(DataError, match=rf"column 'y', .*a\.parquet, row {rows_of_error + 1}: the label is 5"):
+        list(encoder.encode(path, block_rows=1000))
+    assert threading.active_count() == before
+
+
+def test_blocks_that_nobody_wants_end_the_threads() -> None:
+    data = {"x": list(range(10_000)), "y": [0] * 10_000}
+    encoder = Encoder.fit(one(SparseField(name="x")), data)
+    before = threading.active_count()
+    blocks = encoder.encode(data, block_rows=10)
+    assert next(blocks).sparse[:, 0].tolist() == list(range(2, 12))
+    blocks.close()
+    assert threading.active_count() == before
 
 
 def test_save_and_load(tmp_path: Path) -> None:

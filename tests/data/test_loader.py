@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ctrlib.batch import Batch
+from ctrlib.data import loader
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader
 from ctrlib.data.source import open_source
@@ -51,27 +52,27 @@ def rows(batch: Batch) -> list[int]:
     return [i - 2 for i in batch.sparse[:, 0].tolist()]
 
 
-def orders(loader: Loader) -> list[list[int]]:
-    return [rows(batch) for batch in loader]
+def orders(batches: Loader) -> list[list[int]]:
+    return [rows(batch) for batch in batches]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 10, 17, 50, 51, 102, 103, 104, 1000])
 def test_every_row_once(split: Split, batch_size: int, shuffle: bool) -> None:
-    loader = Loader(split, batch_size, shuffle=shuffle)
+    data = Loader(split, batch_size, shuffle=shuffle)
     for _ in range(2):
-        batches = orders(loader)
+        batches = orders(data)
         flat = [r for batch in batches for r in batch]
         assert sorted(flat) == list(range(N))
         assert (flat == list(range(N))) is (not shuffle)
-        assert len(batches) == len(loader)
+        assert len(batches) == len(data)
         sizes = [len(b) for b in batches]
         full, rest = divmod(N, batch_size)
         want = [batch_size] * full + [rest] * (rest > 0)
         if rest == 1 and full and batch_size > 1:
             want[-2:] = [batch_size + 1]
         assert sizes == want
-        assert loader.num_rows == N
+        assert data.num_rows == N
 
 
 def test_a_last_single_row_joins(split: Split) -> None:
@@ -82,10 +83,10 @@ def test_a_last_single_row_joins(split: Split) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 10, 103, 104])
 def test_drop_last(split: Split, batch_size: int) -> None:
-    loader = Loader(split, batch_size, shuffle=True, drop_last=True)
-    batches = orders(loader)
+    data = Loader(split, batch_size, shuffle=True, drop_last=True)
+    batches = orders(data)
     assert [len(b) for b in batches] == [batch_size] * (N // batch_size)
-    assert len({r for b in batches for r in b}) == loader.num_rows == N // batch_size * batch_size
+    assert len({r for b in batches for r in b}) == data.num_rows == N // batch_size * batch_size
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -123,8 +124,8 @@ def test_workers_change_nothing(split: Split) -> None:
 
 
 def test_epochs_and_seeds(split: Split) -> None:
-    loader, again, other = (Loader(split, 9, shuffle=True, seed=s) for s in (1, 1, 2))
-    epochs = [orders(loader) for _ in range(4)]
+    one, again, other = (Loader(split, 9, shuffle=True, seed=s) for s in (1, 1, 2))
+    epochs = [orders(one) for _ in range(4)]
     assert [orders(again) for _ in range(4)] == epochs
     others = [orders(other) for _ in range(4)]
     assert len({repr(e) for e in epochs + others}) == 8
@@ -147,6 +148,8 @@ def test_stopping_early_leaves_no_thread(split: Split, workers: int) -> None:
     before = set(threading.enumerate())
     for _ in Loader(split, 5, shuffle=True, workers=workers):
         break
+    for _ in Loader(split, 5, shuffle=True, workers=workers, memory_mb=1e-6):
+        break
     iterator = iter(Loader(split, 5, workers=workers))
     next(iterator)
     del iterator
@@ -155,14 +158,32 @@ def test_stopping_early_leaves_no_thread(split: Split, workers: int) -> None:
 
 
 def test_an_error_in_a_worker_reaches_the_caller(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Loader, order: object, start: int, stop: int) -> Batch:
+    def broken(*_: object) -> Batch:
         raise OSError("disk gone")
 
-    monkeypatch.setattr(Loader, "_batch", broken)
+    monkeypatch.setattr(loader, "_take", broken)
     before = set(threading.enumerate())
-    with pytest.raises(OSError, match="disk gone"):
-        list(Loader(split, 5, workers=2))
-    assert set(threading.enumerate()) == before
+    for shuffle, memory_mb in ((False, None), (True, None), (True, 1e-6)):
+        with pytest.raises(OSError, match="disk gone"):
+            list(Loader(split, 5, shuffle=shuffle, workers=2, memory_mb=memory_mb))
+        assert set(threading.enumerate()) == before
+
+
+def test_pinned_on_the_way(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    # page-locked memory needs a GPU; here only that every tensor of every batch goes that way, and arrives
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    for workers in (0, 1):
+        pinned.clear()
+        batches = list(Loader(split, 50, workers=workers, pin_memory=True))
+        assert len(pinned) == 7 * len(batches) == 21  # ids, numbers, two of the sequence, labels, weight, group
+        assert batches[0].sparse is pinned[0]
+        assert [row for batch in batches for row in rows(batch)] == list(range(N))
 
 
 def test_bad_options(split: Split) -> None:
@@ -170,27 +191,6 @@ def test_bad_options(split: Split) -> None:
         Loader(split, 0)
     with pytest.raises(DataError, match="workers is -1"):
         Loader(split, 5, workers=-1)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_sorted_labels_are_mixed_like_a_full_shuffle(seed: int, tmp_path: Path) -> None:
-    n, positives, size = 20_000, 6_000, 100
-    split = build(tmp_path, [0] * (n - positives) + [1] * positives)
-    found = []
-    seen = []
-    for batch in Loader(split, size, shuffle=True, seed=seed):
-        assert batch.labels is not None
-        found.append(int(batch.labels.sum()))
-        seen += rows(batch)
-    assert sorted(seen) == list(range(n))
-    # positives of a batch of a full shuffle are hypergeometric: mean 30, variance 21 · (n − size)/(n − 1)
-    share = positives / n
-    variance = size * share * (1 - share) * (n - size) / (n - 1)
-    statistic = sum((k - size * share) ** 2 for k in found) / variance
-    # Both tails: neither clumps of equal labels nor batches that are all alike. 1 % of chi-square with 199 degrees of
-    # freedom (200 batches of a fixed total) lies below the first number, 1 % above the second.
-    assert 155.5 < statistic < 248.3
-    # neighbours on disk do not stay near: mean distance of two random places is n/3
-    places = np.empty(n)
-    places[seen] = np.arange(n)
-    assert abs(np.abs(np.diff(places)).mean() - n / 3) < 4 * n / 18**0.5 / n**0.5
+    for memory_mb in (0, -1, float("nan")):
+        with pytest.raises(DataError, match=f"memory_mb is {memory_mb}; expected more than 0"):
+            Loader(split, 5, memory_mb=memory_mb)

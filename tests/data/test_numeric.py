@@ -186,9 +186,10 @@ def test_quantiles_beyond_the_limit_do_not_depend_on_order(limit: int, block: in
         quantiles = Quantiles()
         for i in range(0, len(x), block):
             quantiles.update(x[order[i : i + block]])
+        found = quantiles.edges(8)
         assert len(quantiles._keys) <= limit
         assert quantiles._counts.sum() == len(x)
-        return quantiles.edges(8)
+        return found
 
     found = {edges(np.random.default_rng(seed).permutation(len(x))) for seed in range(3)} | {edges(np.argsort(x))}
     assert len(found) == 1
@@ -204,6 +205,7 @@ def test_no_more_bits_are_dropped_than_needed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(numeric, "_MAX_DISTINCT", 150)
     quantiles = Quantiles()
     quantiles.update(x)
+    quantiles.edges(2)
     assert quantiles._dropped_bits == needed
 
 
@@ -273,3 +275,56 @@ def test_missing_values_where_training_had_none() -> None:
     assert math.isnan(dense(fit([1.0, 2.0], "standardize"), [NAN])[0])
     assert fit([1.0, 2.0], "bucket").transform({"x": [None]}).sparse.tolist() == [[1]]
     assert fit([1.0, 2.0], "criteo_log").transform({"x": [None]}).sparse.tolist() == [[1]]
+
+
+# --------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.int16(), pa.uint32(), pa.int64(), pa.uint64()])
+def test_narrow_codes_in_every_width(kind: Any) -> None:
+    info = np.iinfo(kind.to_pandas_dtype())
+    for low in (info.min, info.max - 9, 3):
+        values = [None if i % 5 == 3 else low + i * 7 % 10 for i in range(40)]
+        narrow = numeric.narrow_codes(pa.array(values, kind))
+        if low + 9 >= 2**63 - 1:
+            assert narrow is None
+            continue
+        assert narrow is not None
+        codes, first, size = narrow
+        present = [v for v in values if v is not None]
+        assert (first, size) == (min(present), max(present) - min(present) + 1)
+        assert codes.tolist() == [size if v is None else v - first for v in values]
+
+
+def test_what_has_no_narrow_codes() -> None:
+    for array in (
+        pa.array([0, 10**9]),
+        pa.array([1.0, 2.0]),
+        pa.array(["1"]),
+        pa.array([], pa.int64()),
+        pa.nulls(3, pa.int8()),
+    ):
+        assert numeric.narrow_codes(array) is None
+
+
+@pytest.mark.parametrize("wide", [0, 10**12])
+def test_a_tally_stands_for_its_rows(wide: int) -> None:
+    values = [None if v % 7 == 0 else int(v) for v in RNG.integers(-30, 60, 500)] + [wide + 5]
+    x, counts = numeric.tally(pa.array(values), lambda row: "")
+    assert (
+        sorted(np.repeat(x, counts)[: len(values)], key=lambda v: (np.isnan(v), v))[:-75]
+        == sorted(float(v) for v in values if v is not None)[: len(values) - 75]
+    )
+    rows, weighted = (Moments(), Quantiles()), (Moments(), Quantiles())
+    floats = np.array([NAN if v is None else float(v) for v in values])
+    for moments_or_quantiles in rows:
+        moments_or_quantiles.update(floats)
+    for moments_or_quantiles in weighted:
+        moments_or_quantiles.update(x, counts)
+    assert rows[0].mean_std() == weighted[0].mean_std()
+    assert (rows[0].missing, rows[0].minimum, rows[0].maximum) == (
+        weighted[0].missing,
+        weighted[0].minimum,
+        weighted[0].maximum,
+    )
+    assert rows[1].edges(13) == weighted[1].edges(13)

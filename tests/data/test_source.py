@@ -265,6 +265,36 @@ def test_selected_rows_and_their_places(tmp_path: Path) -> None:
     assert part.locate(0).endswith("a.parquet, row 2")
 
 
+def test_divided_and_joined(tmp_path: Path) -> None:
+    source = open_source(as_folder(tmp_path))
+    codes = RNG.integers(0, 4, N).astype(np.uint8)
+    parts = source.divide(codes, {"a": 2, "b": 0, "none": 9})
+    items = np.array([row["item"] for row in ROWS], object)
+    for name, code in (("a", 2), ("b", 0)):
+        assert parts[name].column("item").to_pylist() == items[codes == code].tolist()
+        assert parts[name].num_rows == (codes == code).sum()
+        assert parts[name].chosen(3, 20).tolist() == (codes == code)[3:20].tolist()
+    assert parts["none"].num_rows == 0
+    both = parts["a"].joined([parts["b"], parts["a"]])
+    wanted = (codes == 2) | (codes == 0)
+    assert both.num_rows == wanted.sum()
+    assert both.column("item").to_pylist() == items[wanted].tolist()
+    row = int(np.flatnonzero(wanted)[25])
+    assert both.locate(25).endswith(f"row {row + 1}" if row < 20 else f"c.pq, row {row - 19}")
+
+
+def test_reading_holds_no_more_of_a_long_file_than_of_a_short_one(tmp_path: Path) -> None:
+    peaks = []
+    for groups in (4, 40):
+        path = tmp_path / f"{groups}.parquet"
+        values = np.random.default_rng(0).integers(0, 2**62, groups * 20_000)
+        pq.write_table(pa.table({"x": values}), path, row_group_size=20_000, use_dictionary=False)
+        arrays = open_source(path).arrays("x")
+        before = pa.total_allocated_bytes()
+        peaks.append(max(pa.total_allocated_bytes() - before for _ in arrays))
+    assert peaks[1] < 1.5 * peaks[0]
+
+
 def test_an_open_source_is_returned_as_it_is() -> None:
     source = open_source(ROWS)
     assert open_source(source) is source

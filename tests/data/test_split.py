@@ -135,3 +135,20 @@ def test_unknown_way() -> None:
 def test_a_row_without_a_time(times: list[Any]) -> None:
     with pytest.raises(DataError, match=r"column 't', the table, row 3: the time is missing"):
         split_rows(table(times), SHARES, time="t")
+
+
+def test_random_parts_are_spread_evenly_over_the_file() -> None:
+    parts = rows(split_rows(table(n=40_000), {"train": 0.7, "test": 0.3}, by="random", seed=1))
+    counts = np.histogram(parts["test"], bins=20, range=(0, 40_000))[0]  # hypergeometric: mean 600, variance 2000·.3·.7·.95
+    assert float((((counts - 600) ** 2) / (420 * 0.95)).sum()) < 45.3  # 0.1 % of chi-square with 20 degrees of freedom
+
+
+def test_one_byte_a_row() -> None:
+    parts = split_rows(table(n=1000), SHARES, by="random")
+    assert {part.codes.nbytes for part in parts.values() if part.codes is not None} == {1000}
+    assert len({id(part.codes) for part in parts.values()}) == 1
+
+
+def test_too_many_parts() -> None:
+    with pytest.raises(DataError, match="256 parts; expected at most 255"):
+        split_rows(table(n=1000), {str(i): 1 / 256 for i in range(256)})

@@ -98,6 +98,37 @@ def test_blocks_do_not_show(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / "store" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
+def test_parts_of_one_table_are_encoded_in_one_pass(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, passes = Encoder.encode, []
+
+    def counted(self: Encoder, source: Any) -> Any:
+        passes.append(source.num_rows)
+        return encode(self, source, block_rows=37)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    source = open_source(tmp_path / "raw.parquet")
+    parts = split_rows(source, {"train": 0.5, "valid": 0.3, "test": 0.2}, by="random", seed=3)
+    only = {name: parts[name] for name in ("test", "train")}  # of rows in between, none
+    created = Store.create(tmp_path / "new", store.encoder, {**only, "whole": source, "again": parts["test"]})
+    assert passes == [46 + 115, N]
+    assert dict(created.rows) == {"test": 46, "train": 115, "whole": N, "again": 46}
+    monkeypatch.undo()
+    for name, rows in ({**only, "whole": source, "again": parts["test"]}).items():
+        check_equal(created.split(name), store.encoder, rows)
+    Store.open(tmp_path / "new")
+
+
+def test_a_bad_row_of_another_part_is_no_error(store: Store, tmp_path: Path) -> None:
+    data = raw().set_column(0, "y", pa.array([7, *[0] * (N - 1)]))
+    codes = np.arange(N) % 3
+    parts = open_source(data).divide(codes.astype(np.uint8), {"b": 1, "c": 2, "a": 0})
+    good = {name: parts[name] for name in ("b", "c")}
+    assert dict(Store.create(tmp_path / "good", store.encoder, good).rows) == {"b": 77, "c": 76}
+    with pytest.raises(DataError, match=r"column 'y', the table, row 1: the label is 7"):
+        Store.create(tmp_path / "bad", store.encoder, parts)
+    assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.parametrize(
     "fields",
     [(SparseField(name="user"),), (DenseField(name="price"),), (SequenceField(name="tags"),), (SequenceField(name="none"),)],

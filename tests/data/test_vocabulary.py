@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from ctrlib.data import vocabulary
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, hash64, key_type
 from ctrlib.schema import DataError, Field, Schema, SequenceField, SparseField
@@ -93,16 +94,56 @@ def test_many_distinct_values_over_many_blocks() -> None:
     assert vocabulary.counts.tolist() == counts[order].tolist()
 
 
-def test_merging_early_and_often_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit(pa.array(TEXTS))
-    update = ValueCounter.update
+@pytest.mark.parametrize("values", [INTS, TEXTS], ids=["ints", "texts"])
+@pytest.mark.parametrize("block", [3, 50])
+def test_merging_early_and_often_changes_nothing(values: list[Any], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit(pa.array(values))
+    monkeypatch.setattr("ctrlib.data.vocabulary._PENDING", 0)
+    assert fit(pa.array(values), block=block).fingerprint() == whole.fingerprint()
 
-    def eager(self: ValueCounter, keys: Any) -> None:
-        update(self, keys)
-        self._merge()
 
-    monkeypatch.setattr(ValueCounter, "update", eager)
-    assert fit(pa.array(TEXTS), block=3).fingerprint() == whole.fingerprint()
+NEAR = ["", "\0", "\0\0", "a", "a\0", "abcdefgh", "abcdefg", "abcdefghi", "abcdefgh\0", "x" * 64, "x" * 63, "x" * 65, "ä" * 9]
+
+
+@pytest.mark.parametrize("bits", [64, 3, 0])
+@pytest.mark.parametrize("kind", ["texts", "ints"])
+def test_finding_values_whatever_their_hashes(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with hashes that are mostly equal, or all of them."""
+    hashes = vocabulary._search_hash
+    monkeypatch.setattr(vocabulary, "_search_hash", lambda values: hashes(values) & np.uint64(2**bits - 1))
+    texts = [*NEAR, *(f"user-{i}" for i in range(60))]
+    ints = [*range(-20, 20), 2**62, -(2**62), 2**53, 2**53 + 1]
+    values: list[Any] = texts if kind == "texts" else ints
+    arrow = pa.large_string() if kind == "texts" else pa.int64()
+    for known in (values[::2], values, values[:1], []):
+        index = vocabulary._Index(pa.array(known, arrow))
+        asked = [*values, *reversed(values)]
+        assert index.find(pa.array(asked, arrow)).tolist() == [known.index(v) if v in known else -1 for v in asked]
+        assert index.find(pa.array([], arrow)).tolist() == []
+
+
+@pytest.mark.parametrize("values", [INTS, TEXTS], ids=["ints", "texts"])
+def test_dictionaries_that_grow_or_change_are_counted_once(values: list[Any]) -> None:
+    present = [v for v in values if v is not None]
+    distinct = list(dict.fromkeys(present))
+    counter = ValueCounter(key_type(pa.array(present).type))
+    for start in range(0, len(present), 20):  # each block brings all values so far; after 200 rows another dictionary
+        first = start // 200 * 200
+        seen = list(dict.fromkeys(present[first : start + 20])) + (distinct if start % 60 == 40 else [])
+        codes = pa.array([seen.index(v) for v in present[start : start + 20]], pa.int32())
+        counter.update(as_keys(pa.DictionaryArray.from_arrays(codes, pa.array(seen)), counter._kind, place))
+    found, counts = counter.result()
+    assert dict(zip(found.to_pylist(), counts.tolist(), strict=True)) == {v: present.count(v) for v in distinct}
+
+
+def test_weights_are_repetitions() -> None:
+    keys = as_keys(pa.array([5, None, 7, 5]), pa.int64(), place)
+    counter = ValueCounter(pa.int64())
+    counter.update(keys, np.array([2, 3, 4, 10]))
+    counter.update(keys)
+    found, counts = counter.result()
+    assert dict(zip(found.to_pylist(), counts.tolist(), strict=True)) == {5: 14, 7: 5}
+    assert counter.nulls == 4
 
 
 WIDE = [2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1, 2**64 - 2, 2**53, 2**53 + 1, 2**24, 2**24 + 1, 0, 1]
@@ -266,6 +307,13 @@ def test_hash_of_text() -> None:
     assert hash64(array.slice(2, 3)).tolist() == found[2:5]
     assert hash64(array.slice(0, 1)).tolist() == found[:1]
     assert hash64(array.slice(0, 0)).tolist() == []
+
+
+def test_hashes_do_not_depend_on_how_many_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = pa.array([f"{i * i}-{'x' * (i % 40)}" for i in range(100)], pa.large_string())
+    whole = hash64(array).tolist()
+    monkeypatch.setattr("ctrlib.data.vocabulary._HASHED", 7)
+    assert hash64(array).tolist() == whole
 
 
 def test_hash_buckets() -> None:

@@ -1,0 +1,131 @@
+"""Optimizers of the embedding tables by quality: ``python -m experiments.optimizers.compare``.
+
+The settings of ``ctrlib train`` but for the optimizer of the tables. Reads ``$CTRLIB_DATA`` (default ``../shared/data``):
+the two Criteo samples as in ``experiments/criteo``, and Frappe; and 200,000 rows of synthetic data. Writes results.json and
+README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ctrlib.cpu import tune_cpu
+from ctrlib.data.store import Store
+from ctrlib.data.synthetic import write_splits
+from ctrlib.experiment import DEMO_DEEPFM, DataOptions, configure, prepare, train
+from ctrlib.schema import Schema, SparseField
+from experiments.criteo.samples import sources
+from experiments.frappe.common import data as frappe_data
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+MODELS = ("deepfm", "dcnv2")
+# Adagrad wants a larger learning rate than Adam.
+VARIANTS: dict[str, dict[str, str]] = {
+    "dense Adam, full_table": {"embedding": "dense"},
+    "adam, batch_rows": {"embedding": "adam"},
+    "lazy_adam, elapsed": {"embedding": "lazy_adam"},
+    "lazy_adam, batch_rows": {"embedding": "lazy_adam", "embedding_l2_mode": "batch_rows"},
+    "rowwise_adam, elapsed": {"embedding": "rowwise_adam"},
+    "rowwise_adagrad, elapsed": {"embedding": "rowwise_adagrad", "embedding_learning_rate": "0.02"},
+    "adagrad, elapsed": {"embedding": "adagrad", "embedding_learning_rate": "0.02"},
+}
+
+INTRO = """# Which optimizer for the embedding tables
+
+`python -m experiments.optimizers.compare`; default settings of `ctrlib train` but for the optimizer of the tables; mean ±
+standard deviation over 3 seeds; training stops on validation rows, the test rows are read once, after that. The differences
+are to dense Adam with the same seeds (mean ± standard deviation of the paired differences).
+
+| data | model | tables | valid AUC | test AUC | difference | test log loss | best epoch |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def stores(scratch: Path, names: list[str]) -> dict[str, Store]:
+    """The data sets that are asked for, prepared."""
+    found: dict[str, Store] = {}
+    if {"criteo-kaggle", "criteo-1tb-80k"} & set(names):
+        for name, (data, options) in sources(scratch).items():
+            found[name] = prepare(str(data), scratch / f"store-{name}", options)
+    if "frappe" in names:
+        folder = frappe_data()
+        options = DataOptions(schema=folder / "schema.json", valid=folder / "valid.parquet", test=folder / "test.parquet")
+        found["frappe"] = prepare(folder / "train.parquet", scratch / "store-frappe", options)
+    if "synthetic" in names:
+        write_splits(scratch / "synthetic", 200_000, 0)
+        files = {name: scratch / "synthetic" / f"{name}.parquet" for name in ("train", "valid", "test")}
+        schema = Schema.infer(files["train"], "label")
+        schema = schema.with_fields(
+            *(SparseField(name=f.name, min_count=10) for f in schema.fields if isinstance(f, SparseField))
+        )
+        options = DataOptions(schema=schema, valid=files["valid"], test=files["test"])
+        found["synthetic"] = prepare(files["train"], scratch / "store-synthetic", options)
+    return {name: found[name] for name in names}
+
+
+def main() -> None:
+    """Train everything and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="*", default=["criteo-kaggle", "criteo-1tb-80k", "synthetic", "frappe"])
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    tune_cpu()
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for data, store in stores(scratch, arguments.data).items():
+            for model in arguments.models:
+                base = DEMO_DEEPFM if (data, model) == ("synthetic", "deepfm") else {}
+                for variant in arguments.variants:
+                    options = {**base, **{f"fit.optimizer.{k}": v for k, v in VARIANTS[variant].items()}}
+                    for seed in SEEDS:
+                        out = scratch / f"run-{len(runs)}"
+                        report = train(store, configure(model, options=options), out, name=model, seed=seed)
+                        runs.append({"data": data, "variant": variant, **report})
+                        print(
+                            data,
+                            model,
+                            variant,
+                            seed,
+                            report["valid"]["auc"],
+                            report["test"]["auc"],
+                            report["best_epoch"],
+                            flush=True,
+                        )
+    (arguments.out / "results.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "README.md").write_text(INTRO + "".join(_lines(runs)), encoding="utf-8")
+
+
+def _lines(runs: list[dict[str, Any]]) -> list[str]:
+    cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        cases.setdefault((run["data"], run["model"], run["variant"]), []).append(run)
+    lines = []
+    for (data, model, variant), found in cases.items():
+        dense = cases.get((data, model, next(iter(VARIANTS))), [])
+        paired = [a["test"]["auc"] - b["test"]["auc"] for a, b in zip(found, dense, strict=False)]
+        cells = [
+            _mean_std([r["valid"]["auc"] for r in found]),
+            _mean_std([r["test"]["auc"] for r in found]),
+            "" if found is dense else _mean_std(paired, "+"),
+            _mean_std([r["test"]["log_loss"] for r in found]),
+            f"{statistics.fmean(r['best_epoch'] for r in found):.1f}",
+        ]
+        lines.append(f"| {data} | {model} | {variant} | {' | '.join(cells)} |\n")
+    return lines
+
+
+def _mean_std(values: list[float], sign: str = "") -> str:
+    return f"{statistics.fmean(values):{sign}.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    main()
