@@ -23,6 +23,9 @@ OptimizerName = Literal["adam", "adamw", "adagrad", "sgd"]
 EmbeddingOptimizerName = Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "rowwise_adam", "adam"]
 ScheduleName = Literal["constant", "plateau", "cosine"]
 
+ADAGRAD_FACTOR = 20.0
+"""Default learning rate of tables under Adagrad, whose steps only ever shrink, in terms of the net's under Adam."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
@@ -34,8 +37,9 @@ class OptimizerConfig:
             numbers; a step costs as much as the tables are large. The others touch only the rows of the batch: ``sgd``,
             ``adagrad``, ``rowwise_adagrad``, ``lazy_adam``, ``rowwise_adam``, and ``adam``, which follows dense Adam. See
             :mod:`ctrlib.rowwise`; docs/training.md compares them.
-        learning_rate: of every parameter that is not an embedding table, and of the tables unless the next is given.
-        embedding_learning_rate: of the embedding tables.
+        learning_rate: of every parameter that is not an embedding table.
+        embedding_learning_rate: of the embedding tables; ``None``: ``learning_rate``, for ``adagrad`` and ``rowwise_adagrad``
+            20 times that (experiments/optimizers).
         weight_decay: of parameters other than embedding tables; added to the gradient after clipping, or decoupled from it
             (``adamw``, arXiv:1711.05101).
         embedding_l2: λ of (λ/2)·‖W‖² over the embedding tables.
@@ -49,7 +53,7 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "adam"
-    embedding: EmbeddingOptimizerName = "lazy_adam"
+    embedding: EmbeddingOptimizerName = "adagrad"
     learning_rate: float = 1e-3
     embedding_learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -88,6 +92,13 @@ class OptimizerConfig:
         if self.momentum and self.name != "sgd":
             raise ConfigError(f"optimizer.momentum is {self.momentum} with {self.name!r}; only 'sgd' reads it: remove it")
 
+    @property
+    def table_learning_rate(self) -> float:
+        """Of the tables that are updated row by row."""
+        if self.embedding_learning_rate is not None:
+            return self.embedding_learning_rate
+        return self.learning_rate * (ADAGRAD_FACTOR if "adagrad" in self.embedding else 1.0)
+
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The trainable parameters in up to two groups: the net (with weight decay), then the embedding tables (without).
@@ -98,10 +109,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     tables = embedding_parameters(model)
     is_table = {id(table) for table in tables}
     net = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
-    embedding_rate = config.embedding_learning_rate or config.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": net, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": tables, "lr": embedding_rate, "weight_decay": 0.0},
+        {"params": tables, "lr": config.embedding_learning_rate or config.learning_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -139,7 +149,7 @@ class Optimizer:
         self._rate: dict[str, Any] = {"params": [m.weight for m in found.values()]}
         self._sat_out: SatOut | None = None
         if config.embedding != "dense" and found:
-            self._rate["lr"] = config.embedding_learning_rate or config.learning_rate
+            self._rate["lr"] = config.table_learning_rate
             self.param_groups = [*self.param_groups, self._rate]
             if config.embedding == "adam":
                 self._sat_out = SatOut(next(iter(found.values())).weight.device)

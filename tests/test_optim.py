@@ -12,6 +12,7 @@ from torch import nn
 
 from ctrlib.config import ConfigError, from_json, to_json
 from ctrlib.optim import OptimizerConfig, OptimizerName, Schedule, ScheduleConfig, build_optimizer, parameter_groups
+from ctrlib.table import EmbeddingTable
 
 
 class Net(nn.Module):
@@ -42,6 +43,16 @@ def test_groups_keep_tables_apart() -> None:
     assert [id(p) for p in tables["params"]] == [id(model.table.weight)]
     assert (net["lr"], net["weight_decay"]) == (0.1, 0.2)
     assert (tables["lr"], tables["weight_decay"]) == (0.5, 0.0)
+
+
+def test_learning_rate_of_tables() -> None:
+    assert OptimizerConfig(learning_rate=2e-3, embedding="lazy_adam").table_learning_rate == 2e-3
+    assert OptimizerConfig(learning_rate=2e-3, embedding="rowwise_adagrad").table_learning_rate == pytest.approx(4e-2)
+    assert OptimizerConfig(learning_rate=2e-3, embedding="adagrad", embedding_learning_rate=0.1).table_learning_rate == 0.1
+    table = EmbeddingTable(3, 2)
+    assert [group["lr"] for group in build_optimizer(table, OptimizerConfig(embedding="adagrad")).param_groups] == [2e-2]
+    # a table that the net's optimizer updates learns as the net does
+    assert [group["lr"] for group in build_optimizer(Net(), OptimizerConfig(embedding="adagrad")).param_groups] == [1e-3, 1e-3]
 
 
 def test_groups_that_are_empty_are_left_out() -> None:

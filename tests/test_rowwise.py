@@ -199,7 +199,7 @@ def test_one_row_by_hand(rule: Rule, dim: int, engine: str) -> None:
     start = torch.linspace(-0.5, 0.7, dim)
     with torch.no_grad():
         table.weight.copy_(start.expand(5, dim))
-    optimizer = build_optimizer(table, OptimizerConfig(embedding=rule, learning_rate=0.1, max_grad_norm=None))
+    optimizer = build_optimizer(table, OptimizerConfig(embedding=rule, embedding_learning_rate=0.1, max_grad_norm=None))
     halves = [[[math.sin(3 * t + i + k) for i in range(dim)] for k in range(2)] for t in range(6)]
     for pair in halves:
         optimizer.zero_grad()
@@ -226,7 +226,7 @@ def test_lazy_rules_equal_dense_torch_where_every_row_is_in_every_batch(rule: Ru
         return
     ours, theirs = EmbeddingTable(7, 4), nn.Embedding(7, 4, padding_idx=0)
     theirs.load_state_dict(ours.state_dict())
-    a = build_optimizer(ours, OptimizerConfig(embedding=rule, learning_rate=0.05, max_grad_norm=None))
+    a = build_optimizer(ours, OptimizerConfig(embedding=rule, embedding_learning_rate=0.05, max_grad_norm=None))
     b = dense[rule](theirs.parameters())
     for step in range(20):
         for module, optimizer in ((ours, a), (theirs, b)):
