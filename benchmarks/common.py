@@ -12,7 +12,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+FIELDS, BATCH, DIM, BATCHES = 39, 4096, 16, 8
+# vocabularies of Criteo's 26 categorical columns, in the sample's proportions
+CRITEO = (1460, 583, 1_500_000, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 1_200_000, 3194, 27, 14_992, 900_000, 10, 5652,
+          2173, 4, 1_000_000, 18, 15, 280_000, 105, 142_000)  # fmt: skip
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def vocabularies(rows: int) -> list[int]:
+    """Sizes of 39 fields, about ``rows`` in all: 13 binned counts of 64, the others in Criteo's proportions, at least 4."""
+    small = [64] * (FIELDS - len(CRITEO))
+    share = (rows - sum(small)) / sum(CRITEO)
+    return [*small, *(max(4, int(size * share)) for size in CRITEO)]
+
+
+def zipf_ids(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """[BATCHES, BATCH, fields] ids from 0 within each field: Zipf(1.05), frequent ones anywhere in the field's range."""
+    rng = np.random.default_rng(0)
+    columns = []
+    for size in sizes:
+        cumulative = np.cumsum(np.arange(1, size + 1, dtype=np.float64) ** -1.05)
+        rank = np.searchsorted(cumulative, rng.random((BATCHES, BATCH)) * cumulative[-1])
+        columns.append(rng.permutation(size)[rank])
+    return np.stack(columns, axis=2)
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2) -> dict[str, list[float]]:

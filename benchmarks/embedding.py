@@ -23,38 +23,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, medians, print_table, write_result
+from benchmarks.common import (
+    BATCH,
+    BATCHES,
+    DIM,
+    FIELDS,
+    interleaved,
+    medians,
+    print_table,
+    vocabularies,
+    write_result,
+    zipf_ids,
+)
 from ctrlib import _native
 from ctrlib.cpu import tune_cpu
 from ctrlib.optim import EmbeddingOptimizerName, OptimizerConfig, build_optimizer
 from ctrlib.table import EmbeddingTable
 
-FIELDS, BATCH, DIM, BATCHES = 39, 4096, 16, 8
-# vocabularies of Criteo's 26 categorical columns, in the sample's proportions
-CRITEO = (1460, 583, 1_500_000, 600_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 1_200_000, 3194, 27, 14_992, 900_000, 10, 5652,
-          2173, 4, 1_000_000, 18, 15, 280_000, 105, 142_000)  # fmt: skip
 RULES: tuple[EmbeddingOptimizerName, ...] = ("sgd", "rowwise_adagrad", "adagrad", "lazy_adam", "rowwise_adam", "adam")
 
 Step = Callable[[], None]
 
 
-def vocabularies(rows: int) -> list[int]:
-    """Sizes of the fields, about ``rows`` in all: 13 binned counts of 64, the others in Criteo's proportions, at least 4."""
-    small = [64] * (FIELDS - len(CRITEO))
-    share = (rows - sum(small)) / sum(CRITEO)
-    return [*small, *(max(4, int(size * share)) for size in CRITEO)]
-
-
 def zipf_batches(sizes: list[int]) -> list[Tensor]:
-    """[BATCH, FIELDS] int32 ids: every field draws from its own stretch of rows by Zipf(1.05), frequent ones anywhere in it."""
-    rng = np.random.default_rng(0)
-    columns, first = [], 1
-    for size in sizes:
-        cumulative = np.cumsum(np.arange(1, size + 1, dtype=np.float64) ** -1.05)
-        rank = np.searchsorted(cumulative, rng.random((BATCHES, BATCH)) * cumulative[-1])
-        columns.append(first + rng.permutation(size)[rank])
-        first += size
-    return list(torch.from_numpy(np.stack(columns, axis=2).astype(np.int32)))
+    """[BATCH, FIELDS] int32 rows of one table in which every field has a stretch, after a row for padding."""
+    first = 1 + np.cumsum([0, *sizes[:-1]])
+    return list(torch.from_numpy((zipf_ids(sizes) + first).astype(np.int32)))
 
 
 @contextmanager
