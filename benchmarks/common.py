@@ -41,17 +41,26 @@ def zipf_ids(sizes: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.stack(columns, axis=2)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Wall seconds of every variant, ``repeats`` times each, run in turn so that all of them see the same machine."""
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2, inner: int = 1
+) -> dict[str, list[float]]:
+    """Wall seconds of every variant, ``repeats`` times each, run in turn so that all of them see the same machine.
+
+    With ``inner``, a turn is so many calls in a row after one that is not counted, and a sample their mean: what a variant
+    costs when it is repeated, rather than right after another one has emptied the caches.
+    """
     for _ in range(warmup):
         for variant in variants.values():
             variant()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():
+            if inner > 1:
+                variant()
             start = time.perf_counter()
-            variant()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(inner):
+                variant()
+            seconds[name].append((time.perf_counter() - start) / inner)
     return seconds
 
 

@@ -10,6 +10,7 @@ line runs it. Dense optimizers gain from the tuned allocator too, so they are al
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -155,7 +156,7 @@ def worker(group: str, rows: int, repeats: int) -> dict[str, list[float]]:
             variants[f"ctrlib torch, {rule}"] = ours(rule, rows, batches, grad, False)
         for kind in DENSE:
             variants[f"{kind}, tuned allocator"] = torchs(kind, rows, batches, grad)
-    return interleaved(variants, repeats=repeats)
+    return interleaved(variants, repeats=repeats, inner=4)
 
 
 def compare(rows: int, repeats: int) -> dict[str, Any]:
@@ -184,6 +185,8 @@ def sweep(sizes: list[int], rules: tuple[EmbeddingOptimizerName, ...], repeats: 
         for rule in rules:
             step = ours(rule, rows, batches, grad, _native.kernel() is not None)
             seconds = medians(interleaved({rule: step}, repeats=repeats, warmup=BATCHES))[rule]
+            del step
+            gc.collect()  # the next one's state may not fit beside this one's
             lines.append(
                 {"rows": rows, "rule": rule, "distinct": distinct, "ms": seconds * 1e3, "ns": seconds / distinct * 1e9}
             )

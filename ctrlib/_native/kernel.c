@@ -15,6 +15,7 @@
 #else
 #define CLONES
 #endif
+#define SIMD _Pragma("omp simd")
 #define AHEAD 12 /* rows to prefetch ahead */
 
 enum { SGD, ADAGRAD, ROWWISE_ADAGRAD, LAZY_ADAM, ROWWISE_ADAM, ADAM };
@@ -141,7 +142,7 @@ INLINE void sit_out(const Table *t, const Rates *r, int64_t row, int64_t now, co
     const float *q = t->quadrature + then * 4, e1 = q[0], a1 = q[1] * q[0], e2 = q[2], a2 = q[3] * q[2];
     const float d1 = power(&r->first, now - then), d2 = power(&r->second, now - then), eps1 = r->eps * e1, eps2 = r->eps * e2;
     float *restrict m = t->first + row * dim, *restrict v = t->second + row * dim;
-    for (int64_t d = 0; d < dim; ++d) {
+    SIMD for (int64_t d = 0; d < dim; ++d) {
         const float u = sqrtf(v[d]), x = load(t->weight, row * dim + d, bf16);
         const float moved = m[d] * (a1 / (u + eps1) + a2 / (u + eps2));
         store(t->weight, row * dim + d, x - moved, bf16, t->seed);
@@ -227,7 +228,7 @@ CLONES static int64_t sum_range(const Table *t, const int64_t *ids, const float 
         const int32_t s = t->slot[row];                                                                                 \
         if ((uint32_t)s < (uint32_t)distinct && rows[s] == row) {                                                       \
             float *restrict a = sums + s * (DIM);                                                                                \
-            for (int64_t d = 0; d < (DIM); ++d) a[d] += g[d];                                                           \
+            SIMD for (int64_t d = 0; d < (DIM); ++d) a[d] += g[d];                                       \
         } else {                                                                                                        \
             t->slot[row] = distinct;                                                                                    \
             rows[distinct] = row;                                                                                       \
@@ -251,7 +252,7 @@ CLONES static int64_t sum_range(const Table *t, const int64_t *ids, const float 
             }
             const int64_t at_row = rows[i] * dim;
             const float l2 = (float)t->l2 * (t->l2_elapsed ? (float)(t->step - t->last[rows[i]]) : 1.0f);
-            for (int64_t d = 0; d < dim; ++d) a[d] += l2 * load(t->weight, at_row + d, t->bf16);
+            SIMD for (int64_t d = 0; d < dim; ++d) a[d] += l2 * load(t->weight, at_row + d, t->bf16);
         }
         float row_square = 0;
         for (int64_t d = 0; d < dim; ++d) row_square += a[d] * a[d];
@@ -286,10 +287,10 @@ INLINE void update_row(const Table *t, const Rates *r, int64_t row, const float 
 #define GRAD (sum[d] * r->scale)
 #define SUBTRACT(amount) store(t->weight, at + d, load(t->weight, at + d, bf16) - (amount), bf16, t->seed)
     if (rule == SGD) {
-        for (int64_t d = 0; d < dim; ++d) SUBTRACT(r->lr * GRAD);
+        SIMD for (int64_t d = 0; d < dim; ++d) SUBTRACT(r->lr * GRAD);
     } else if (rule == ADAGRAD) {
         float *restrict s = t->first + at;
-        for (int64_t d = 0; d < dim; ++d) {
+        SIMD for (int64_t d = 0; d < dim; ++d) {
             s[d] += GRAD * GRAD;
             SUBTRACT(r->lr * GRAD / (sqrtf(s[d]) + r->eps));
         }
@@ -298,20 +299,20 @@ INLINE void update_row(const Table *t, const Rates *r, int64_t row, const float 
         for (int64_t d = 0; d < dim; ++d) square += GRAD * GRAD;
         t->first[row] += square / (float)dim;
         const float rate = r->lr / (sqrtf(t->first[row]) + r->eps);
-        for (int64_t d = 0; d < dim; ++d) SUBTRACT(rate * GRAD);
+        SIMD for (int64_t d = 0; d < dim; ++d) SUBTRACT(rate * GRAD);
     } else if (rule == ROWWISE_ADAM) {
         float square = 0, *restrict m = t->first + at, *restrict v = t->second + row;
         for (int64_t d = 0; d < dim; ++d) square += GRAD * GRAD;
         *v = r->beta2 * *v + r->rest2 * (square / (float)dim);
         const float rate = r->step_size / (sqrtf(*v) / r->root2 + r->eps);
-        for (int64_t d = 0; d < dim; ++d) {
+        SIMD for (int64_t d = 0; d < dim; ++d) {
             m[d] = r->beta1 * m[d] + r->rest1 * GRAD;
             SUBTRACT(rate * m[d]);
         }
     } else {
         if (rule == ADAM) sit_out(t, r, row, t->step - 1, dim, bf16);
         float *restrict m = t->first + at, *restrict v = t->second + at;
-        for (int64_t d = 0; d < dim; ++d) {
+        SIMD for (int64_t d = 0; d < dim; ++d) {
             m[d] = r->beta1 * m[d] + r->rest1 * GRAD;
             v[d] = r->beta2 * v[d] + r->rest2 * (GRAD * GRAD);
             SUBTRACT(r->step_size * m[d] / (sqrtf(v[d]) / r->root2 + r->eps));

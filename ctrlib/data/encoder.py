@@ -204,7 +204,7 @@ class Encoder:
         """What is to be encoded: the fields, and of labels, weight and group those that are among ``special``."""
         columns: list[_Column] = []
 
-        def add(part: str, at: int, name: str, encode: Callable[[Any, Describe], Any], text: bool = False) -> None:
+        def add(part: str, at: int, name: str, encode: Callable[..., Any], text: bool = False) -> None:
             columns.append(_Column(part, at, name, table, table.arrays(name, text=text), encode))
 
         for at, name in enumerate(c.name for c in self.layout.sparse):
@@ -332,8 +332,8 @@ class _Remembered:
         self._encoded: npt.NDArray[Any] = np.zeros(0)
         self._missing: npt.NDArray[Any] | None = None
 
-    def __call__(self, array: Any, describe: Describe) -> npt.NDArray[Any]:
-        """The same as of ``encode`` itself."""
+    def __call__(self, array: Any, describe: Describe, out: npt.NDArray[Any]) -> None:
+        """Write what ``encode`` itself gives to ``out``."""
         try:
             if isinstance(array, pa.DictionaryArray):
                 table = self._dictionary(array.dictionary)
@@ -342,15 +342,16 @@ class _Remembered:
                 codes, low, size = narrow
                 table = self._range(low, size)
             else:
-                return self._encode(array, describe)
+                out[:] = self._encode(array, describe)
+                return
             if array.null_count:
                 if self._missing is None:
                     self._missing = self._encode(pa.nulls(1, array.type), _nowhere)
                 table = np.append(table, self._missing)
         except DataError:  # of a value, perhaps one of other rows than these
-            return self._encode(array, describe)
-        rows: npt.NDArray[Any] = np.take(table, codes, mode="clip")  # the quickest mode; no code is out of range
-        return rows
+            out[:] = self._encode(array, describe)
+        else:
+            np.take(table, codes, out=out, mode="clip")  # the quickest mode; no code is out of range
 
     def _dictionary(self, values: Any) -> npt.NDArray[Any]:
         if not begins_with(self._values, values):
@@ -380,7 +381,7 @@ class _Column:
     name: str
     table: Source
     arrays: Iterator[Any]
-    encode: Callable[[Any, Describe], Any]
+    encode: Callable[..., Any]  # a sequence: gives values and lengths; any other: writes to the array that it is given
     row: int = 0  # the next
     rest: Any = None  # of the last array
 
@@ -391,11 +392,11 @@ class _Column:
             array = self.rest if self.rest is not None else next(self.arrays)
             piece = array.slice(0, block.rows - done)
             self.rest = array.slice(len(piece)) if len(piece) < len(array) else None
-            encoded = self.encode(piece, _describe(self.name, self.table, self.row))
+            describe = _describe(self.name, self.table, self.row)
             if self.part == "sequences":
-                sequences.append(encoded)
+                sequences.append(self.encode(piece, describe))
             else:
-                block.parts[self.part][self.at, done : done + len(piece)] = encoded
+                self.encode(piece, describe, block.parts[self.part][self.at, done : done + len(piece)])
             done += len(piece)
             self.row += len(piece)
         if sequences:

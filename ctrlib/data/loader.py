@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ Pieces = Generator[Batch, None, None]
 _SWEEP_ROWS = 1 << 16  # rows a piece of a sweep; between two of them it can be stopped
 _SMALLEST_BLOCK = 1 << 13  # rows; smaller blocks would not be worth encoding in several threads
 _SAMPLE_ROWS = 1 << 13  # rows from which the length of sequences is estimated
+_POLL_SECONDS = 0.2
 _MEMINFO = Path("/proc/meminfo")
 _UNKNOWN_MEMORY_MB = 4096.0  # the budget where the system does not say what is free
 
@@ -333,13 +334,20 @@ def _ahead(jobs: Iterable[Callable[[], T]], threads: int, depth: int, stop: Even
             for job in jobs:
                 ahead.append(pool.submit(job))
                 if len(ahead) > depth:
-                    yield ahead.popleft().result()
+                    yield _result(ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield _result(ahead.popleft())
         finally:
             stop.set()
             for future in ahead:
                 future.cancel()
+
+
+def _result(future: Future[T]) -> T:
+    # An endless wait would not notice Ctrl-C once another library has its own handler of it: Polars sets one in its first query.
+    while not future.done():
+        wait([future], timeout=_POLL_SECONDS)
+    return future.result()
 
 
 def _ascending(order: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:

@@ -366,7 +366,12 @@ def test_leaving_a_stream_waits_for_no_window_and_leaves_no_thread(
     assert set(threading.enumerate()) == before
 
 
-def test_ctrl_c_while_a_window_is_read(folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waits_end", [False, True])
+def test_ctrl_c_while_a_window_is_read(
+    waits_end: bool, folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a signal doesn't end a system call that waits, as after any query of Polars."""
+    signal.siginterrupt(signal.SIGINT, waits_end)
     before = set(threading.enumerate())
     stream = StreamLoader(encoder, str(folder), 10, shuffle=True)
     slow_down(monkeypatch)

@@ -111,7 +111,7 @@ def test_finding_values_whatever_their_hashes(bits: int, kind: str, monkeypatch:
     """Also with hashes that are mostly equal, or all of them."""
     hashes = vocabulary._search_hash
     monkeypatch.setattr(vocabulary, "_search_hash", lambda values: hashes(values) & np.uint64(2**bits - 1))
-    texts = [*NEAR, *(f"user-{i}" for i in range(60))]
+    texts = [*NEAR, *(f"user-{i}" for i in range(60)), *("y" * 40 + c + "y" * 9 for c in "abc")]
     ints = [*range(-20, 20), 2**62, -(2**62), 2**53, 2**53 + 1]
     values: list[Any] = texts if kind == "texts" else ints
     arrow = pa.large_string() if kind == "texts" else pa.int64()

@@ -1,0 +1,101 @@
+"""Write ``benchmarks/README.md`` from the JSON files of the benchmarks: ``python -m benchmarks.table``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+HEAD = """# Benchmarks
+
+Ratios are measured side by side in one run; the absolute figures hold for the machine named with them.
+`python -m benchmarks.NAME` prints a table and writes `results/NAME.json`; `python -m benchmarks.table` writes this page from
+those files. A benchmark that starts processes gives them `GOMP_SPINCOUNT=1000`, peers included. No GPU was at hand: nothing
+here was run on one.
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[f"{c:,.3g}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in [list(header), *cells]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
+
+
+def _embedding(data: dict[str, Any]) -> str:
+    compare = data["compare"]
+    rows = [[name, ms, compare["faster"][name]] for name, ms in compare["ms"].items()]
+    sweep = [[s["rows"], s["rule"], round(s["distinct"]), s["ms"], s["ns"]] for s in data["sweep"]]
+    return (
+        f"Forward, backward and update of 39 fields, batch 4096, {compare['rows']:,} rows × 16:\n\n"
+        + _table(["variant", "ms", "times faster than torch's dense Adam"], rows)
+        + "\nThe kernel by number of rows:\n\n"
+        + _table(["rows", "optimizer", "distinct rows a step", "ms", "ns a distinct row"], sweep)
+    )
+
+
+def _train(data: dict[str, Any]) -> str:
+    rows = [[r["model"], r["variant"], round(r["rows_per_second"]), r["ms"], r["ratio"]] for r in data["results"]]
+    return "A whole step, 39 fields, 2M rows × 16, batch 4096:\n\n" + _table(
+        ["model", "variant", "rows/s", "ms", "ratio to the usual torch form"], rows
+    )
+
+
+def _peers(data: dict[str, Any]) -> str:
+    speed = [
+        [r["case"], r["peer"], r["model"], round(r["peer_rows_per_second"]), r["fp32_ratio"], r["bf16_ratio"]]
+        for r in data["speed"]
+    ]
+    quality = [[r["model"], r["side"], f"{r['auc']:.5f} ± {r['std']:.5f}"] for r in data["quality"]]
+    skipped = "".join(f"* {model}: {reason}\n" for model, reason in data["skipped"].items())
+    return (
+        _table(["tables", "peer", "model", "its rows/s", "ctrlib fp32, ratio", "ctrlib bf16, ratio"], speed)
+        + "\nTest AUC on planted data, 3 seeds (fp32 and bf16 are ctrlib's):\n\n"
+        + _table(["model", "side", "test AUC"], quality)
+        + f"\nSkipped:\n\n{skipped}"
+    )
+
+
+def _loader(data: dict[str, Any]) -> str:
+    rows = [
+        [name, rate / 1e6, data["ratio_to_the_loader"][name], data["milliseconds_a_batch"][name]]
+        for name, rate in data["rows_per_second"].items()
+    ]
+    return f"{data['rows']:,} rows; {data['what']}:\n\n" + _table(
+        ["variant", "M rows/s", "ratio to the Loader", "ms a batch"], rows
+    )
+
+
+def _prepare(data: dict[str, Any]) -> str:
+    medians = data["medians"]
+    rows = []
+    for name, seconds in medians["seconds"].items():
+        count = data["rows"] * (2 if name.endswith("twice the rows") else 1)
+        rows.append([name, count / seconds / 1e6, medians["peak_mb"][name], medians["peak_anonymous_mb"][name]])
+    growth = data["peak_growth_with_twice_the_rows"]
+    return (
+        f"{data['rows']:,} Criteo-shaped rows, fit and encode; ctrlib under a limit of {data['limit_bytes'] / 2**30:g} GiB:\n\n"
+        + _table(["variant", "M rows/s", "peak MB", "of which anonymous"], rows)
+        + f"\nPeak with twice the rows: × {growth:.3f}. Ids that differ from Polars' on a sample: {data['differing_ids']}.\n"
+    )
+
+
+SECTIONS = {"embedding": _embedding, "train": _train, "peers": _peers, "loader": _loader, "prepare": _prepare}
+
+
+def main() -> None:
+    """Write the page."""
+    text = HEAD
+    for name, section in SECTIONS.items():
+        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        machine = data["machine"]
+        where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
+        text += f"\n## `python -m benchmarks.{name}`\n\n{where}; load average at the end {machine['load_average']:.1f}.\n\n"
+        text += section(data)
+    Path(RESULTS.parent / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
