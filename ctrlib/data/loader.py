@@ -344,7 +344,7 @@ def _ahead(jobs: Iterable[Callable[[], T]], threads: int, depth: int, stop: Even
 
 
 def _result(future: Future[T]) -> T:
-    # An endless wait would not notice Ctrl-C once another library has its own handler of it: Polars sets one in its first query.
+    # An endless wait would not notice Ctrl-C once another library handles it, as Polars does from its first query on.
     while not future.done():
         wait([future], timeout=_POLL_SECONDS)
     return future.result()
