@@ -1,6 +1,7 @@
-"""The embedding kernel: plain C in ``kernel.c``, built by setuptools where there is a compiler, loaded through ctypes.
+"""Plain C, built by setuptools where there is a compiler, loaded through ctypes.
 
-Everything it does, :mod:`ctrlib.rowwise` also does in torch operations; it is only faster.
+``kernel.c``: embedding tables; everything it does, :mod:`ctrlib.rowwise` also does in torch operations. ``lookup.c``: finding
+values; :mod:`ctrlib.data.vocabulary` also does it in NumPy. They are only faster.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def kernel() -> Any:
     library.ctrlib_catch_up_all.argtypes = [table, number]
     library.ctrlib_coalesce.argtypes = [table, pointer, pointer, size, *[pointer] * 6, number]
     library.ctrlib_update.argtypes = [table, *[pointer] * 4, number]
-    for name in ("catch_up", "catch_up_all", "coalesce", "update"):
+    library.ctrlib_index.argtypes = [pointer, size, pointer, ctypes.c_uint64]
+    library.ctrlib_find.argtypes = [pointer, size, pointer, pointer, pointer, ctypes.c_uint64, *[pointer] * 3]
+    for name in ("catch_up", "catch_up_all", "coalesce", "update", "index", "find"):
         getattr(library, f"ctrlib_{name}").restype = None
     return library
 

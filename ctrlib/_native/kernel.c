@@ -157,14 +157,14 @@ CLONES static void catch_up_range(const Table *t, const Rates *r, const void *id
     for (int64_t i = 0; i < n; ++i) {                                                                                   \
         if (i + 2 * AHEAD < n) __builtin_prefetch(t->last + id_at(ids, wide, at[i + 2 * AHEAD]), 1);                    \
         if (i + AHEAD < n) {                                                                                            \
-            const int64_t next = id_at(ids, wide, at[i + AHEAD]);                                                                \
-            if (t->last[next] != t->step) {                                                                                \
-                __builtin_prefetch((const char *)t->weight + next * (DIM) * (BF16 ? 2 : 4), 1);                            \
-                __builtin_prefetch(t->first + next * (DIM), 1);                                                            \
-                __builtin_prefetch(t->second + next * (DIM), 1);                                                           \
+            const int64_t next = id_at(ids, wide, at[i + AHEAD]);                                                       \
+            if (t->last[next] != t->step) {                                                                             \
+                __builtin_prefetch((const char *)t->weight + next * (DIM) * (BF16 ? 2 : 4), 1);                         \
+                __builtin_prefetch(t->first + next * (DIM), 1);                                                         \
+                __builtin_prefetch(t->second + next * (DIM), 1);                                                        \
             }                                                                                                           \
         }                                                                                                               \
-        sit_out(t, r, id_at(ids, wide, at[i]), t->step, DIM, BF16);                                                \
+        sit_out(t, r, id_at(ids, wide, at[i]), t->step, DIM, BF16);                                                     \
     }
     if (t->bf16) {
         RUN(t->dim, 1)
@@ -224,11 +224,11 @@ CLONES static int64_t sum_range(const Table *t, const int64_t *ids, const float 
             __builtin_prefetch(rows + place, 1);                                                                        \
         }                                                                                                               \
         const int64_t row = ids[at[i]];                                                                                 \
-        const float *restrict g = grad + at[i] * (DIM);                                                                          \
+        const float *restrict g = grad + at[i] * (DIM);                                                                 \
         const int32_t s = t->slot[row];                                                                                 \
         if ((uint32_t)s < (uint32_t)distinct && rows[s] == row) {                                                       \
-            float *restrict a = sums + s * (DIM);                                                                                \
-            SIMD for (int64_t d = 0; d < (DIM); ++d) a[d] += g[d];                                       \
+            float *restrict a = sums + s * (DIM);                                                                       \
+            SIMD for (int64_t d = 0; d < (DIM); ++d) a[d] += g[d];                                                      \
         } else {                                                                                                        \
             t->slot[row] = distinct;                                                                                    \
             rows[distinct] = row;                                                                                       \

@@ -149,8 +149,9 @@ class Encoder:
     def hash(self) -> str:
         """A fingerprint of the schema and of everything learned."""
         digest = hashlib.sha256(json.dumps(self._json(), sort_keys=True).encode())
-        for name in sorted(self.vocabularies):
-            digest.update(name.encode() + b"\0" + self.vocabularies[name].fingerprint())
+        names = sorted(self.vocabularies)
+        for name, found in zip(names, parallel(lambda n: self.vocabularies[n].fingerprint(), names), strict=True):
+            digest.update(name.encode() + b"\0" + found)
         return digest.hexdigest()
 
     def encode(self, source: object, *, labels: bool = True, block_rows: int = BLOCK_ROWS) -> Generator[Encoded, None, None]:
@@ -271,13 +272,14 @@ class Encoder:
         self.schema.save(folder / "schema.json")
         files: dict[str, object] = {}
         (folder / "vocabularies").mkdir(exist_ok=True)
+        tables: list[tuple[Path, Vocabulary]] = []
         for i, (name, vocabulary) in enumerate(sorted(self.vocabularies.items())):
             if isinstance(vocabulary, HashBuckets):
                 files[name] = {"buckets": vocabulary.buckets}
                 continue
             files[name] = {"file": f"vocabularies/{i:04d}.parquet"}  # a field's name may not be a file name
-            table = pa.table({"value": vocabulary.values, "count": vocabulary.counts})
-            pq.write_table(table, folder / f"vocabularies/{i:04d}.parquet", compression="zstd")
+            tables.append((folder / f"vocabularies/{i:04d}.parquet", vocabulary))
+        parallel(_write_vocabulary, tables)
         data = {"hash": self.hash, "numeric": self._json()["numeric"], "vocabularies": files}
         (folder / "encoder.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -307,6 +309,11 @@ class Encoder:
         if encoder.hash != expected:
             raise DataError(f"encoder in {folder}: its content differs from what was saved; make it again")
         return encoder
+
+
+def _write_vocabulary(job: tuple[Path, Vocabulary]) -> None:
+    path, vocabulary = job
+    pq.write_table(pa.table({"value": vocabulary.values, "count": vocabulary.counts}), path, compression="zstd")
 
 
 def _table(f: Field) -> str:

@@ -97,8 +97,9 @@ class Store:
             for group in _by_table(sources):
                 written |= _write_splits(part, encoder, group)
             splits = {name: written[name] for name in sources}
-            write_json(part / "manifest.json", {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits})
-        return cls.open(path, verify=False)
+            manifest = {"format": _FORMAT, "encoder_hash": encoder.hash, "splits": splits}
+            write_json(part / "manifest.json", manifest)
+        return cls(Path(path), encoder, manifest)
 
     @classmethod
     def open(cls, path: str | Path, *, schema: Schema | None = None, verify: bool = True) -> Store:

@@ -15,11 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ctrlib import _native
 from ctrlib.data.numeric import Counts, narrow_codes
 from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, DataError
 
 Ids = npt.NDArray[np.int32]
 Hashes = npt.NDArray[np.uint64]
+_Pointer = int | None
 _EXACT_FLOATS = 2.0**53
 _HASHED = 1 << 16  # strings that are hashed at a time: bounds the memory it takes
 _PENDING = 1 << 18
@@ -165,6 +167,7 @@ class _Index:
 
     def __init__(self, values: Any) -> None:
         self.values = values
+        self._native = _Slots(values) if _native.kernel() is not None else None
         self._bits = len(values).bit_length()
         self._low = np.uint64((1 << self._bits) - 1)
         self._shift = np.uint64(63 - self._bits)  # of hashes with one bit less, since no shift is by 64
@@ -181,6 +184,8 @@ class _Index:
 
     def find(self, values: Any) -> Ids:
         """The position of each value of a null-free array; -1: not there."""
+        if self._native is not None:
+            return self._native.find(values)
         found = np.full(len(values), -1, np.int32)
         all_entries, starts = self._table
         hashes = _search_hash(values)
@@ -196,6 +201,38 @@ class _Index:
             at[left] += 1
             left = left[(found[left] < 0) & (at[left] < end[left])]
         return found
+
+
+class _Slots:
+    """What :class:`_Index` does, in C."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    @cached_property
+    def _table(self) -> tuple[Hashes, tuple[_Pointer, _Pointer]]:
+        """The slots, at least twice as many as values, and where the values are."""
+        slots = np.zeros(2 << len(self._values).bit_length(), np.uint64)
+        hashes = _search_hash(self._values)
+        _native.kernel().ctrlib_index(hashes.ctypes.data, len(hashes), slots.ctypes.data, len(slots) - 1)
+        return slots, _pointers(self._values)
+
+    def find(self, values: Any) -> Ids:
+        slots, known = self._table
+        hashes, found = _search_hash(values), np.empty(len(values), np.int32)
+        _native.kernel().ctrlib_find(
+            hashes.ctypes.data, len(hashes), *_pointers(values), slots.ctypes.data, len(slots) - 1, *known, found.ctypes.data
+        )
+        return found
+
+
+def _pointers(values: Any) -> tuple[_Pointer, _Pointer]:
+    """Offsets and bytes of a large_string array; of an int64 array, ``None`` and its integers."""
+    *offsets, data = values.buffers()[1:]
+    first = 8 * values.offset
+    if offsets:
+        return (offsets[0].address + first if offsets[0] else None), (data.address if data else None)
+    return None, (data.address + first if data else None)
 
 
 def _spread(keys: Any, dictionary_ids: Ids, missing_id: int) -> Ids:

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from ctrlib import _native
 from ctrlib.data import vocabulary
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, hash64, key_type
@@ -107,8 +108,13 @@ NEAR = ["", "\0", "\0\0", "a", "a\0", "abcdefgh", "abcdefg", "abcdefghi", "abcde
 
 @pytest.mark.parametrize("bits", [64, 3, 0])
 @pytest.mark.parametrize("kind", ["texts", "ints"])
-def test_finding_values_whatever_their_hashes(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_finding_values_whatever_their_hashes(bits: int, kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with hashes that are mostly equal, or all of them."""
+    if not native:
+        monkeypatch.setattr(_native, "kernel", lambda: None)
+    elif _native.kernel() is None:
+        pytest.skip("the kernel was not built")
     hashes = vocabulary._search_hash
     monkeypatch.setattr(vocabulary, "_search_hash", lambda values: hashes(values) & np.uint64(2**bits - 1))
     texts = [*NEAR, *(f"user-{i}" for i in range(60)), *("y" * 40 + c + "y" * 9 for c in "abc")]
@@ -119,7 +125,21 @@ def test_finding_values_whatever_their_hashes(bits: int, kind: str, monkeypatch:
         index = vocabulary._Index(pa.array(known, arrow))
         asked = [*values, *reversed(values)]
         assert index.find(pa.array(asked, arrow)).tolist() == [known.index(v) if v in known else -1 for v in asked]
+        assert index.find(pa.array(asked, arrow).slice(3, 7)).tolist() == index.find(pa.array(asked, arrow)).tolist()[3:10]
+        sliced = vocabulary._Index(pa.array([*values[:2], *known], arrow).slice(2))
+        assert sliced.find(pa.array(asked, arrow)).tolist() == index.find(pa.array(asked, arrow)).tolist()
         assert index.find(pa.array([], arrow)).tolist() == []
+
+
+def test_both_ways_of_finding_agree_on_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    asked = pa.array([f"{x:x}" for x in rng.integers(0, 400_000, 200_000).tolist()], pa.large_string())
+    known = pa.array([f"{x:x}" for x in rng.permutation(200_000).tolist()], pa.large_string())
+    found = vocabulary._Index(known).find(asked)
+    monkeypatch.setattr(_native, "kernel", lambda: None)
+    np.testing.assert_array_equal(vocabulary._Index(known).find(asked), found)
+    expected = {value: i for i, value in enumerate(known.to_pylist())}
+    assert found.tolist() == [expected.get(value, -1) for value in asked.to_pylist()]
 
 
 @pytest.mark.parametrize("values", [INTS, TEXTS], ids=["ints", "texts"])
