@@ -66,7 +66,11 @@ def narrow_codes(array: Any) -> tuple[npt.NDArray[np.int64], int, int] | None:
     size = high - low + 1
     if size > 2 * len(array) or not -(2**63) <= low <= high < 2**63 - 1:
         return None
-    return pc.cast(array, pa.int64()).fill_null(high + 1).to_numpy() - low, low, size
+    if array.null_count:
+        if high == np.iinfo(array.type.to_pandas_dtype()).max:  # no room for the code of missing values
+            array = pc.cast(array, pa.int64())
+        array = array.fill_null(high + 1)
+    return np.subtract(array.to_numpy(), low, dtype=np.int64), low, size
 
 
 def tally(array: Any, describe: Callable[[int], str]) -> tuple[Floats, Counts]:

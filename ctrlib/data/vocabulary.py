@@ -211,8 +211,8 @@ class _Slots:
 
     @cached_property
     def _table(self) -> tuple[Hashes, tuple[_Pointer, _Pointer]]:
-        """The slots, at least twice as many as values, and where the values are."""
-        slots = np.zeros(2 << len(self._values).bit_length(), np.uint64)
+        """The slots, between 1.5 and 3 times as many as values, and where the values are."""
+        slots = np.zeros(1 << (3 * len(self._values) // 2).bit_length(), np.uint64)
         hashes = _search_hash(self._values)
         _native.kernel().ctrlib_index(hashes.ctypes.data, len(hashes), slots.ctypes.data, len(slots) - 1)
         return slots, _pointers(self._values)
