@@ -44,13 +44,20 @@ def _embedding(data: dict[str, Any]) -> str:
 def _train(data: dict[str, Any]) -> str:
     batch = _read("loader")["milliseconds_a_batch"]["Loader, 1 worker"]
     rows = [
-        [r["model"], r["variant"], round(r["rows_per_second"]), r["ms"], r["ratio"], f"{batch / r['ms']:.1%}"]
+        [
+            *(r["model"], r["variant"], round(r["rows_per_second"]), r["ms"], r["ratio"], r["products_per_second"] / 1e9),
+            f"{r['share_of_products']:.0%}" if "share_of_products" in r else "",
+            f"{batch / r['ms']:.1%}",
+        ]
         for r in data["results"]
     ]
+    header = ["model", "variant", "rows/s", "ms", "ratio to the usual torch form", "GFLOP/s of a product", "share of products"]
+    header.append("loader's share")
     return (
         "A whole step, 39 fields, 2M rows × 16, batch 4096. The loader's share is its time for such a batch (below) over that\n"
-        "of the step; it works in a thread beside it.\n\n"
-        + _table(["model", "variant", "rows/s", "ms", "ratio to the usual torch form", "loader's share"], rows)
+        "of the step; it works in a thread beside it. The share of matrix products is their floating-point operations at the\n"
+        "rate of a single one, over the step: where it is near 100 %, only faster products could make the step faster.\n\n"
+        + _table(header, rows)
     )
 
 

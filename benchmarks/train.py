@@ -3,6 +3,9 @@
 39 fields in Criteo's proportions with 2 million rows × 16, batch 4096, Zipf(1.05) ids. The usual form: one ``nn.Embedding`` a
 field, torch's Adam, L2 of the tables in the loss, clipping by norm, torch's own allocator and matrix products. ctrlib: ``fit``
 with its default optimizer after ``tune_cpu()``. Processes take turns.
+
+Each also times one matrix product (4096 × 624 × 400) as it is configured. From its rate and the floating-point operations of a
+step follows how much of the step is matrix products: no library can be faster than those.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,10 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import BATCH, DIM, medians, print_table, vocabularies, write_result, zipf_ids
+from benchmarks.common import BATCH, DIM, interleaved, print_table, vocabularies, write_result, zipf_ids
 from benchmarks.models import Repeated, UsualModel, ctrlib_fit, ctrlib_model
+from ctrlib.batch import Batch
 from ctrlib.cpu import tune_cpu
+from ctrlib.models.ctr import ModelComponent
 from ctrlib.training import Precision, fit
 
 SIZES = vocabularies(2_000_000)
@@ -35,8 +42,22 @@ def data(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (torch.rand(*ids.shape[:2], 1, generator=torch.Generator().manual_seed(0)) < 0.25).float()
 
 
-def worker(variant: str, name: str, steps: int) -> float:
-    """Rows per second, after a warm-up."""
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product as torch is configured now."""
+    a, b = torch.randn(BATCH, 624).to(dtype), torch.randn(624, 400).to(dtype)
+    seconds = statistics.median(interleaved({"": lambda: a @ b}, repeats=10, inner=4)[""])
+    return 2 * BATCH * 624 * 400 / seconds
+
+
+def operations(model: ModelComponent, batch: Batch) -> int:
+    """Floating-point operations in matrix products of one forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(model(batch).logits.sum())
+    return int(counter.get_total_flops())
+
+
+def worker(variant: str, name: str, steps: int) -> dict[str, float]:
+    """Rows per second, after a warm-up, and of ctrlib the share of matrix products."""
     ids, labels = data(SIZES)
     torch.manual_seed(0)
     if variant == "usual torch":
@@ -57,11 +78,18 @@ def worker(variant: str, name: str, steps: int) -> float:
         start = time.perf_counter()
         for i in range(steps):
             step(i)
-        return steps * BATCH / (time.perf_counter() - start)
+        return {
+            "rows_per_second": steps * BATCH / (time.perf_counter() - start),
+            "products_per_second": product_rate(torch.float32),
+        }
     tune_cpu()
     precision: Precision = "bf16" if variant.endswith("bf16") else "fp32"
-    result = fit(ctrlib_model(name, SIZES, DIM), Repeated(ids, labels, steps), None, ctrlib_fit(2, precision))
-    return float(result.history[-1]["rows_per_second"])  # of the second epoch: the first one is the warm-up
+    ours = ctrlib_model(name, SIZES, DIM)
+    result = fit(ours, Repeated(ids, labels, steps), None, ctrlib_fit(2, precision))
+    rate = float(result.history[-1]["rows_per_second"])  # of the second epoch: the first one is the warm-up
+    products = product_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
+    share = operations(ours, next(iter(Repeated(ids, labels, 1)))) / products / (BATCH / rate)
+    return {"rows_per_second": rate, "products_per_second": products, "share_of_products": share}
 
 
 def main() -> None:
@@ -78,16 +106,17 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     results: list[dict[str, Any]] = []
     for name in MODELS:
-        samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         for _ in range(arguments.rounds):
             for variant in VARIANTS:
                 command = [sys.executable, "-m", "benchmarks.train", "--steps", str(arguments.steps), "--worker", variant, name]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 samples[variant].append(json.loads(out.splitlines()[-1]))
-        found = medians(samples)
-        for variant, rate in found.items():
-            line = {"model": name, "variant": variant, "rows_per_second": rate, "ms": BATCH / rate * 1e3}
-            results.append({**line, "ratio": rate / found[VARIANTS[0]]})
+        usual = statistics.median(run["rows_per_second"] for run in samples[VARIANTS[0]])
+        for variant, runs in samples.items():
+            line: dict[str, Any] = {kind: statistics.median(run[kind] for run in runs) for kind in runs[0]}
+            rate = line["rows_per_second"]
+            results.append({"model": name, "variant": variant, **line, "ms": BATCH / rate * 1e3, "ratio": rate / usual})
             print(results[-1], flush=True)
     print_table(
         ["model", "variant", "rows/s", "ms a step", "ratio to usual torch"],
