@@ -46,7 +46,7 @@ def kernel() -> Any:
     library.ctrlib_catch_up_all.argtypes = [table, number]
     library.ctrlib_coalesce.argtypes = [table, pointer, pointer, size, *[pointer] * 6, number]
     library.ctrlib_update.argtypes = [table, *[pointer] * 4, number]
-    library.ctrlib_index.argtypes = [pointer, size, pointer, ctypes.c_uint64]
+    library.ctrlib_index.argtypes = [pointer, size, size, pointer, ctypes.c_uint64]
     library.ctrlib_find.argtypes = [pointer, size, pointer, pointer, pointer, ctypes.c_uint64, *[pointer] * 3]
     for name in ("catch_up", "catch_up_all", "coalesce", "update", "index", "find"):
         getattr(library, f"ctrlib_{name}").restype = None

@@ -163,11 +163,14 @@ def _search_hash(values: Any) -> Hashes:
 
 
 class _Index:
-    """Finds the positions of many values at a time, in an array of distinct values without nulls."""
+    """Finds the positions of many values at a time, in an array of distinct values; the null at ``skip`` is none of them."""
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Any, skip: int = -1) -> None:
         self.values = values
-        self._native = _Slots(values) if _native.kernel() is not None else None
+        if skip >= 0:  # the same memory, without the bits that tell which values are null
+            self.values = pa.Array.from_buffers(values.type, len(values), [None, *values.buffers()[1:]], offset=values.offset)
+        self._skip = skip
+        self._native = _Slots(self.values, skip) if _native.kernel() is not None else None
         self._bits = len(values).bit_length()
         self._low = np.uint64((1 << self._bits) - 1)
         self._shift = np.uint64(63 - self._bits)  # of hashes with one bit less, since no shift is by 64
@@ -175,7 +178,8 @@ class _Index:
     @cached_property
     def _table(self) -> tuple[Hashes, Ids]:
         """Sorted entries, the leading bits of a hash and in place of its last ones a position; and where each bucket starts."""
-        entries = np.sort(_search_hash(self.values) & ~self._low | np.arange(len(self.values), dtype=np.uint64))
+        entries = _search_hash(self.values) & ~self._low | np.arange(len(self.values), dtype=np.uint64)
+        entries = np.sort(entries if self._skip < 0 else np.delete(entries, self._skip))
         sizes = np.bincount(self._bucket(entries), minlength=1 << self._bits)
         return entries, np.concatenate([np.zeros(1, np.int32), np.cumsum(sizes, dtype=np.int32)])
 
@@ -206,22 +210,22 @@ class _Index:
 class _Slots:
     """What :class:`_Index` does, in C."""
 
-    def __init__(self, values: Any) -> None:
-        self._values = values
+    def __init__(self, values: Any, skip: int) -> None:
+        self._values, self._skip = values, skip
 
     @cached_property
     def _table(self) -> tuple[Hashes, tuple[_Pointer, _Pointer]]:
-        """The slots, between 1.5 and 3 times as many as values, and where the values are."""
-        slots = np.zeros(1 << (3 * len(self._values) // 2).bit_length(), np.uint64)
+        """The slots, 1.5 times as many as values, and where the values are."""
+        slots = np.zeros(3 * len(self._values) // 2 + 1, np.uint64)
         hashes = _search_hash(self._values)
-        _native.kernel().ctrlib_index(hashes.ctypes.data, len(hashes), slots.ctypes.data, len(slots) - 1)
+        _native.kernel().ctrlib_index(hashes.ctypes.data, len(hashes), self._skip, slots.ctypes.data, len(slots))
         return slots, _pointers(self._values)
 
     def find(self, values: Any) -> Ids:
         slots, known = self._table
         hashes, found = _search_hash(values), np.empty(len(values), np.int32)
         _native.kernel().ctrlib_find(
-            hashes.ctypes.data, len(hashes), *_pointers(values), slots.ctypes.data, len(slots) - 1, *known, found.ctypes.data
+            hashes.ctypes.data, len(hashes), *_pointers(values), slots.ctypes.data, len(slots), *known, found.ctypes.data
         )
         return found
 
@@ -332,21 +336,20 @@ class Vocabulary:
     @cached_property
     def missing_id(self) -> int:
         """The id of a missing value: its own if the training rows had enough of them, else OOV."""
-        nulls = pc.is_null(self.values).to_numpy(zero_copy_only=False)
-        return int(np.argmax(nulls)) + FIRST_VALUE_ID if nulls.any() else OOV_ID
+        return self._null + FIRST_VALUE_ID if self._null >= 0 else OOV_ID
 
     @cached_property
-    def _index(self) -> tuple[_Index, Ids]:
-        """Where the values are, and the id at each place; the last one stands for values that are nowhere."""
-        if not self.values.null_count:
-            return _Index(self.values), np.append(np.arange(len(self.values)) + FIRST_VALUE_ID, OOV_ID).astype(np.int32)
-        present = np.flatnonzero(pc.is_valid(self.values).to_numpy(zero_copy_only=False))
-        return _Index(self.values.drop_null()), np.append(present + FIRST_VALUE_ID, OOV_ID).astype(np.int32)
+    def _null(self) -> int:
+        return int(pc.index(pc.is_null(self.values), pa.scalar(True)).as_py())  # -1: none
+
+    @cached_property
+    def _index(self) -> _Index:
+        return _Index(self.values, self._null)
 
     def ids(self, keys: Any) -> Ids:
         """Ids of a dictionary-encoded block of keys (:func:`as_keys`); values outside the vocabulary get OOV."""
-        index, ids = self._index
-        return _spread(keys, ids[index.find(keys.dictionary)], self.missing_id)
+        at = self._index.find(keys.dictionary)
+        return _spread(keys, at + np.int32(FIRST_VALUE_ID), self.missing_id)  # nowhere, -1, becomes OOV
 
     def fingerprint(self) -> bytes:
         """Bytes that change with any value, order or count."""
