@@ -20,6 +20,7 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
@@ -137,6 +138,33 @@ def final_mlp(flavour: Flavour = "paper") -> FinalMLPModel.Config:
     return FinalMLPModel.Config(embedding=_FUXICTR_EMBEDDING, weight_init="xavier_normal", block=block)
 
 
+_PRODUCT_MLP = MLP.Config(hidden_units=(700, 700, 700, 700, 700), norm="layer")
+
+
+def ipnn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Inner products of all pairs and the embeddings into an MLP."""
+    # dim 20 and five layers of 700: the authors' code on Criteo. FuxiCTR's MLP, as in the published Frappe run, has no norm.
+    deep = MLP.Config(hidden_units=(400, 400, 400)) if flavour == "fuxictr" else _PRODUCT_MLP
+    return _ctr(flavour, Stack.Config(blocks=(InnerProduct.Config(), deep)), head=Head.Config(), dim=20)
+
+
+def opnn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Superposed outer products and the embeddings into an MLP."""
+    return _ctr(flavour, Stack.Config(blocks=(OuterProduct.Config(), _PRODUCT_MLP)), head=Head.Config(), dim=20)
+
+
+def pnn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Inner products, superposed outer products and the embeddings into an MLP: the paper's "PNN*"."""
+    products = (InnerProduct.Config(), OuterProduct.Config(linear_signal=False))
+    both = Parallel.Config(streams=products, fusion="concat")
+    return _ctr(flavour, Stack.Config(blocks=(both, _PRODUCT_MLP)), head=Head.Config(), dim=20)
+
+
+def pin(flavour: Flavour = "paper") -> CTRModel.Config:
+    """A small network for every pair of fields, then an MLP."""
+    return _ctr(flavour, Stack.Config(blocks=(PIN.Config(), _PRODUCT_MLP)), head=Head.Config(), dim=20)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -159,6 +187,10 @@ PRESETS: Mapping[str, Preset] = {
     "autoint_plus": Preset(autoint_plus, "AutoInt beside an MLP", "arXiv:1810.11921", ("paper", "fuxictr", "official")),
     "dual_mlp": Preset(dual_mlp, "two MLPs, added", "arXiv:2304.00902"),
     "final_mlp": Preset(final_mlp, "two gated MLPs with multi-head bilinear fusion", "arXiv:2304.00902"),
+    "ipnn": Preset(ipnn, "inner products of all pairs into an MLP", "arXiv:1611.00144"),
+    "opnn": Preset(opnn, "superposed outer products into an MLP", "arXiv:1611.00144", ("paper",)),
+    "pnn": Preset(pnn, "inner and superposed outer products into an MLP", "arXiv:1611.00144", ("paper",)),
+    "pin": Preset(pin, "a small network for every pair, then an MLP", "arXiv:1807.00311", ("paper",)),
 }
 
 COMPONENTS: Table = {
@@ -178,6 +210,9 @@ COMPONENTS: Table = {
         Head,
         CTRModel,
         FinalMLPModel,
+        InnerProduct,
+        OuterProduct,
+        PIN,
     )
 }
 

@@ -15,6 +15,7 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
@@ -23,6 +24,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
+TABLE |= {block.__name__: block for block in (InnerProduct, OuterProduct, PIN)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -44,6 +46,15 @@ CONFIGS: dict[str, Interaction.Config] = {
     "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
     "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+    "inner_product": InnerProduct.Config(),
+    "inner_product_alone": InnerProduct.Config(linear_signal=False),
+    "outer_product": OuterProduct.Config(),
+    "outer_product_alone": OuterProduct.Config(linear_signal=False),
+    "outer_product_matrix": OuterProduct.Config(kernel="matrix"),
+    "outer_product_vector": OuterProduct.Config(kernel="vector", linear_signal=False),
+    "outer_product_number": OuterProduct.Config(kernel="number"),
+    "pin": PIN.Config(hidden_units=(6, 3)),
+    "pin_without_norm": PIN.Config(hidden_units=(6, 3), norm="none"),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -182,6 +182,7 @@ MOVIELENS: dict[str, tuple[ModelComponent.Config, BatchLayout, int]] = {
         MOVIELENS_2,
         1_252_022,
     ),
+    "ipnn": (preset("ipnn", "fuxictr"), MOVIELENS_1, 1_237_191),
 }
 
 
@@ -195,6 +196,7 @@ def test_fuxictr_presets_are_the_published_architectures() -> None:
     # Where BARS' Frappe settings are FuxiCTR's defaults (dropout and L2 add no parameters).
     for name, parameters in {"dnn": 417_891, "wide_deep": 423_280, "deepfm": 423_280, "dcn": 418_591, "dcnv2": 458_391}.items():
         assert count(preset(name, "fuxictr"), FRAPPE_1) == parameters
+    assert count(preset("ipnn", "fuxictr"), FRAPPE_1) == 433_491
 
 
 def test_first_order_weights_do_not_follow_the_vectors_options() -> None:
