@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
+import torch
 from torch import nn
 
 from ctrlib.config import Component, ConfigError, from_json, override, to_json
@@ -127,6 +128,13 @@ def test_product_networks_have_the_widths_of_their_papers() -> None:
     }.items():
         networks = pairs * (60 * 40 + 40 + 40 * 5 + 5) + 2 * 45 if name == "pin" else 0
         assert parameters_without_tables(name, "paper") == networks + width * 700 + 700 + rest, name
+
+
+def test_fgcnn_has_the_parameters_of_its_paper() -> None:
+    # Section 3 for Criteo: convolutions, recombinations, IPNN's MLP; two per map and unit for the norms.
+    norms = 2 * (38 + 40 + 42 + 44) + 2 * 2_280 + 2 * (4_096 + 2_048)
+    with torch.device("meta"):
+        assert parameters_without_tables("fgcnn_ipnn", "paper") == 45_774 + 24_777_480 + 68_558_849 + norms
 
 
 def test_options_by_path() -> None:
