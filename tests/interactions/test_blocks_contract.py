@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,26 @@ from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.ffm import FFM
+from ctrlib.interactions.fgcnn import FGCNN
+from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.hofm import HOFM
+from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.onn import ONN
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
+TABLE |= {block.__name__: block for block in (InnerProduct, OuterProduct, PIN, FGCNN, FwFM, FmFM, FFM, HOFM, ONN)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
+FGCNN_SIZES: dict[str, Any] = {"kernel_heights": (3, 2), "channels": (2, 3), "pool_sizes": (2, 2), "new_maps": (2, 1)}
 CONFIGS: dict[str, Interaction.Config] = {
     "mlp": MLP.Config(hidden_units=(16, 8), output_dim=3, activation="gelu", norm="batch", dropout=0.2),
     "linear": Linear.Config(output_dim=2),
@@ -44,6 +53,28 @@ CONFIGS: dict[str, Interaction.Config] = {
     "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
     "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+    "inner_product": InnerProduct.Config(),
+    "inner_product_alone": InnerProduct.Config(linear_signal=False),
+    "outer_product": OuterProduct.Config(),
+    "outer_product_alone": OuterProduct.Config(linear_signal=False),
+    "outer_product_matrix": OuterProduct.Config(kernel="matrix"),
+    "outer_product_vector": OuterProduct.Config(kernel="vector", linear_signal=False),
+    "outer_product_number": OuterProduct.Config(kernel="number"),
+    "pin": PIN.Config(hidden_units=(6, 3)),
+    "pin_without_norm": PIN.Config(hidden_units=(6, 3), norm="none"),
+    "fgcnn": FGCNN.Config(**FGCNN_SIZES),
+    "fgcnn_two_vectors": FGCNN.Config(**FGCNN_SIZES, share_embedding=False, conv_norm="none", conv_bias=True, pool_pad="start"),
+    "fgcnn_mlp": FGCNN.Config(**FGCNN_SIZES, generator="mlp", use_raw=False, field_order=("city", "user", "hour", "item")),
+    "fgcnn_maps": FGCNN.Config(kernel_heights=(4,), channels=(2,), pool_sizes=(3,), new_maps=(2,), recombine=False),
+    "fwfm": FwFM.Config(bias=True),
+    "fwfm_field": FwFM.Config(linear="field"),
+    "fwfm_value": FwFM.Config(linear="value"),
+    "fmfm": FmFM.Config(),
+    "fmfm_vector": FmFM.Config(kernel="vector"),
+    "ffm": FFM.Config(),
+    "hofm": HOFM.Config(order=4),
+    "onn": Stack.Config(blocks=(AutoInt.Config(num_layers=1, head_dim=4), ONN.Config())),
+    "hofm_shared": HOFM.Config(share_embedding=True),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from ctrlib.config import ConfigError
+from ctrlib.config import ConfigError, override
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.compose import Parallel, Stack
@@ -26,7 +26,7 @@ from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent, build_model
 from ctrlib.models.final_mlp import FinalMLPModel
-from ctrlib.models.presets import preset
+from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.schema import BatchLayout, SparseColumn
 from tests.models.small import LAYOUT, awake, make, rows, shrunk
 from tests.reference.dcn import dcn
@@ -156,6 +156,15 @@ def ctr(*streams: Any, fusion: Literal["sum", "concat"] = "sum", **options: Any)
     return CTRModel.Config(embedding=EMBEDDING, interaction=interaction, head=head, **options)
 
 
+def fuxictr(name: str, **options: str) -> ModelComponent.Config:
+    """The preset with options set as on the command line, dots written as two underscores."""
+    return override(preset(name, "fuxictr"), {path.replace("__", "."): text for path, text in options.items()}, COMPONENTS)
+
+
+FWFM = fuxictr("fwfm", interaction__linear="value", vectors="2")
+FMFM = fuxictr("fmfm", interaction__kernel="vector")
+
+
 FINAL_MLP = FinalMLP.Config(
     mlp1=MLP.Config(hidden_units=(400,), norm="batch"),
     mlp2=MLP.Config(hidden_units=(800,), norm="batch"),
@@ -182,6 +191,11 @@ MOVIELENS: dict[str, tuple[ModelComponent.Config, BatchLayout, int]] = {
         MOVIELENS_2,
         1_252_022,
     ),
+    "ipnn": (preset("ipnn", "fuxictr"), MOVIELENS_1, 1_237_191),
+    "fwfm": (FWFM, MOVIELENS_1, 1_804_784),
+    "fmfm": (FMFM, MOVIELENS_1, 992_660),
+    "ffm": (preset("ffm", "fuxictr"), MOVIELENS_1, 1_895_020),
+    "hofm": (fuxictr("hofm", interaction__share_embedding="true", vectors="1"), MOVIELENS_1, 992_630),
 }
 
 
@@ -195,6 +209,11 @@ def test_fuxictr_presets_are_the_published_architectures() -> None:
     # Where BARS' Frappe settings are FuxiCTR's defaults (dropout and L2 add no parameters).
     for name, parameters in {"dnn": 417_891, "wide_deep": 423_280, "deepfm": 423_280, "dcn": 418_591, "dcnv2": 458_391}.items():
         assert count(preset(name, "fuxictr"), FRAPPE_1) == parameters
+    assert count(preset("ipnn", "fuxictr"), FRAPPE_1) == 433_491
+    assert count(preset("ffm", "fuxictr"), FRAPPE_1) == 490_400
+    assert count(preset("hofm", "fuxictr"), FRAPPE_1) == 113_170
+    assert count(FWFM, FRAPPE_1) == 107_826  # not its default
+    assert count(FMFM, FRAPPE_1) == 59_730  # likewise
 
 
 def test_first_order_weights_do_not_follow_the_vectors_options() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
+import torch
 from torch import nn
 
 from ctrlib.config import Component, ConfigError, from_json, override, to_json
@@ -48,12 +49,16 @@ def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from subclasses(sub)
 
 
+def has_forward(cls: type[Any]) -> bool:
+    return getattr(cls, "forward", nn.Module.forward) is not nn.Module.forward
+
+
 def test_components_are_those_of_the_library() -> None:
     used = {name for case in CASES for name in types(to_json(preset(*case)))}
     assert used <= set(COMPONENTS)
     assert all(COMPONENTS[name].__name__ == name for name in COMPONENTS)
-    # Every component with a config of its own, presets or not; the abstract ones have no forward of their own to build.
-    own = {c for c in subclasses(Component) if c.__module__.startswith("ctrlib.") and "forward" in vars(c)}
+    # Every component with a config of its own, presets or not; the abstract ones have no forward to build.
+    own = {c for c in subclasses(Component) if c.__module__.startswith("ctrlib.") and has_forward(c)}
     loaded = {c.__name__ for c in own if "Config" in vars(c) and not getattr(c, "__abstractmethods__", None)}
     assert set(COMPONENTS) == loaded
 
@@ -73,7 +78,7 @@ def test_flavours_differ_where_the_publications_do() -> None:
     for name in set(PRESETS) - {"final_mlp"}:
         configs = [preset(name, flavour) for flavour in PRESETS[name].flavours]
         assert all(a != b for i, a in enumerate(configs) for b in configs[:i]), name
-    for name in PRESETS:
+    for name in [name for name, p in PRESETS.items() if "fuxictr" in p.flavours]:
         fuxictr = preset(name, "fuxictr")
         assert fuxictr.weight_init == "xavier_normal"
         assert fuxictr.embedding.init_std == 1e-4
@@ -110,6 +115,26 @@ def test_autoint_plus_is_autoint_and_a_network() -> None:
     network = 39 * 16 * 400 + 400 + 400 * 400 + 400 + 400 + 1
     assert parameters_without_tables("autoint_plus", "paper") == 39_361 + network
     assert parameters_without_tables("autoint_plus", "official") == 40_513 + network
+
+
+def test_product_networks_have_the_widths_of_their_papers() -> None:
+    pairs, embeddings = 39 * 38 // 2, 39 * 20
+    rest = 4 * (700 * 700 + 700) + 5 * 2 * 700 + 700 + 1  # four more layers, five norms, the head
+    for name, width in {
+        "ipnn": embeddings + pairs,
+        "opnn": embeddings + 20 * 20,
+        "pnn": embeddings + pairs + 20 * 20,
+        "pin": pairs * 5,
+    }.items():
+        networks = pairs * (60 * 40 + 40 + 40 * 5 + 5) + 2 * 45 if name == "pin" else 0
+        assert parameters_without_tables(name, "paper") == networks + width * 700 + 700 + rest, name
+
+
+def test_fgcnn_has_the_parameters_of_its_paper() -> None:
+    # Section 3 for Criteo: convolutions, recombinations, IPNN's MLP; two per map and unit for the norms.
+    norms = 2 * (38 + 40 + 42 + 44) + 2 * 2_280 + 2 * (4_096 + 2_048)
+    with torch.device("meta"):
+        assert parameters_without_tables("fgcnn_ipnn", "paper") == 45_774 + 24_777_480 + 68_558_849 + norms
 
 
 def test_options_by_path() -> None:

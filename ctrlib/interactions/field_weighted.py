@@ -1,0 +1,100 @@
+"""Factorization machines with weights for every pair of fields: FwFM (Pan et al. 2018, arXiv:1806.03514) and FmFM (Sun et al.
+2021, arXiv:2102.12994). First-order weights are the model's, see :class:`~ctrlib.models.ctr.CTRModel`.
+
+With P = F(F−1)/2 pairs, FM ⊂ FwFM (P numbers) ⊂ FvFM (P diagonals) ⊂ FmFM (P matrices).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.inner_product import PairKernel, PairProducts, pair_names
+from ctrlib.schema import FieldLayout
+
+
+class FwFM(Interaction):
+    """y = Σ_{i<j} r_ij ⟨v_i, v_j⟩, plus a linear part on the vectors:
+
+    ============= =========== ==================== =====================================================
+    linear        paper's     term                 reads
+    ============= =========== ==================== =====================================================
+    none          "LW"        none                 v = x; first-order weights are the model's
+    field         "FiLV"      Σ_i ⟨v_i, w_i⟩       v = x; one vector w_i per field
+    value         "FeLV"      Σ_i ⟨v_i, u_i⟩       x = [v, u], two vectors per value, see
+                                                   :class:`~ctrlib.models.multi_vector.MultiVectorModel`
+    ============= =========== ==================== =====================================================
+
+    Shape: [B, F, D] → [B, 1, 1], field ``"fwfm"``. Parameters: P, for FiLV F·D more, with ``bias`` one more.
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Interaction.Config):
+        """Options; ``bias`` adds a constant, for a model without first-order weights."""
+
+        linear: Literal["none", "field", "value"] = "none"
+        bias: bool = False
+
+    def __init__(self, config: Config, layout: FieldLayout) -> None:
+        super().__init__()
+        names = pair_names(layout, "FwFM")
+        self.two_vectors = config.linear == "value"
+        if self.two_vectors and layout.dim % 2:
+            raise ConfigError(
+                f"FwFM.linear is 'value', so every value has two vectors side by side, but the width is {layout.dim}; use a "
+                "MultiVectorModel with vectors=2, or an even width"
+            )
+        self.products = PairProducts(layout)
+        self.strength = nn.Linear(len(names), 1, bias=config.bias)
+        self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None
+        self.out = FieldLayout(("fwfm",), 1)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """[B, F, D] → [B, 1, 1]."""
+        v_BFD = self._vectors(x_BFD)
+        y_B1 = cast(Tensor, self.strength(self.products(v_BFD)))
+        if self.two_vectors:
+            y_B1 = y_B1 + (v_BFD * x_BFD[:, :, v_BFD.shape[2] :]).sum(dim=(1, 2)).unsqueeze(1)
+        if self.linear is not None:
+            y_B1 = y_B1 + self.linear(v_BFD.flatten(1))
+        return y_B1.unsqueeze(1)
+
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"pair"`` [B, P]: what every pair adds to the logit, r_ij ⟨v_i, v_j⟩."""
+        return {"pair": self.products(self._vectors(x_BFD)) * self.strength.weight}
+
+    def _vectors(self, x_BFD: Tensor) -> Tensor:
+        """v, without the linear vectors u."""
+        return x_BFD[:, :, : x_BFD.shape[2] // 2] if self.two_vectors else x_BFD
+
+
+class FmFM(Interaction):
+    """y = Σ_{i<j} v_iᵀ M_ij v_j, with a matrix M_ij for every pair of fields, or a diagonal one ("FvFM").
+
+    Shape: [B, F, D] → [B, 1, 1], field ``"fmfm"``. Parameters: P·D², or P·D.
+    """
+
+    # NOTE[DIFF] one width for all fields; the paper also has D_i × D_j matrices for vectors of different widths
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Interaction.Config):
+        """Options; ``kernel="vector"`` is FvFM."""
+
+        kernel: Literal["matrix", "vector"] = "matrix"
+
+    def __init__(self, config: Config, layout: FieldLayout) -> None:
+        super().__init__()
+        pair_names(layout, "FmFM")  # refuses a single field
+        self.kernel = PairKernel(config.kernel, layout)
+        self.out = FieldLayout(("fmfm",), 1)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """[B, F, D] → [B, 1, 1]."""
+        return cast(Tensor, self.kernel(x_BFD)).sum(dim=1, keepdim=True).unsqueeze(1)
+
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"pair"`` [B, P]: what every pair adds to the logit, v_iᵀ M_ij v_j."""
+        return {"pair": self.kernel(x_BFD)}
