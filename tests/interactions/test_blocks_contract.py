@@ -11,6 +11,7 @@ from torch import Tensor
 from ctrlib.config import Component, from_json, to_json
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
@@ -23,6 +24,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
+TABLE |= {block.__name__: block for block in (CIN,)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -44,6 +46,8 @@ CONFIGS: dict[str, Interaction.Config] = {
     "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
     "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+    "cin": CIN.Config(hidden_units=(5, 4)),
+    "cin_with_activation": CIN.Config(hidden_units=(5, 4), bias=True, activation="tanh"),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

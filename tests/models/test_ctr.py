@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from ctrlib.config import ConfigError
+from ctrlib.config import ConfigError, override
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.compose import Parallel, Stack
@@ -26,7 +26,7 @@ from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent, build_model
 from ctrlib.models.final_mlp import FinalMLPModel
-from ctrlib.models.presets import preset
+from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.schema import BatchLayout, SparseColumn
 from tests.models.small import LAYOUT, awake, make, rows, shrunk
 from tests.reference.dcn import dcn
@@ -251,3 +251,29 @@ def test_several_labels_need_a_head_alone(options: dict[str, Any]) -> None:
     listed = str(error.value).split("(")[-1].split(")")[0].split(", ")
     for name in listed:  # the models that the message recommends do work
         assert make(shrunk(preset(name)), TWO_LABELS)(rows(3)).logits.shape == (3, 2)
+
+
+# Presets of the benchmark code's architectures, and what the MovieLens runs set otherwise.
+FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
+    "cin": ({}, 147_984),
+    "xdeepfm": ({}, 429_809),
+}
+MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
+    "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
+    "xdeepfm": (
+        {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.1.norm": "none"},
+        1_351_767,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAPPE_PRESETS)
+def test_presets_have_the_published_parameters_on_frappe(name: str) -> None:
+    options, parameters = FRAPPE_PRESETS[name]
+    assert count(override(preset(name, "fuxictr"), options, COMPONENTS), FRAPPE_1) == parameters
+
+
+@pytest.mark.parametrize("name", MOVIELENS_PRESETS)
+def test_presets_have_the_published_parameters_on_movielens(name: str) -> None:
+    options, parameters = MOVIELENS_PRESETS[name]
+    assert count(override(preset(name, "fuxictr"), options, COMPONENTS), MOVIELENS_1) == parameters
