@@ -13,7 +13,7 @@ from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.linear import FirstOrder, Linear
@@ -24,7 +24,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
-TABLE |= {block.__name__: block for block in (CIN,)}
+TABLE |= {block.__name__: block for block in (CIN, CrossNetMix)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -48,6 +48,8 @@ CONFIGS: dict[str, Interaction.Config] = {
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
     "cin": CIN.Config(hidden_units=(5, 4)),
     "cin_with_activation": CIN.Config(hidden_units=(5, 4), bias=True, activation="tanh"),
+    "cross_net_mix": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2),
+    "cross_net_mix_linear": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2, activation="none", gate="sigmoid"),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -257,6 +257,7 @@ def test_several_labels_need_a_head_alone(options: dict[str, Any]) -> None:
 FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({}, 147_984),
     "xdeepfm": ({}, 429_809),
+    "cross_net_v2": ({}, 94_391),
 }
 MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
@@ -264,6 +265,7 @@ MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
         {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.1.norm": "none"},
         1_351_767,
     ),
+    "cross_net_v2": ({"interaction.num_layers": "8"}, 909_861),
 }
 
 
