@@ -21,6 +21,7 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
@@ -167,6 +168,21 @@ def dcn_mix(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, Parallel.Config(streams=(cross, deep), fusion="concat"), head=Head.Config())
 
 
+_GDCN_MLP = MLP.Config(hidden_units=(400, 400, 400), norm="batch", dropout=0.5)  # the released code's
+
+
+def gdcn_stacked(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Gated cross network, an MLP after it. The depth is tuned per data set; three crosses are the released code's."""
+    interaction = Stack.Config(blocks=(GatedCrossNet.Config(), _mlp(flavour, _GDCN_MLP)))
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
+def gdcn_parallel(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Gated cross network beside an MLP. The depth is tuned per data set; three crosses are the released code's."""
+    interaction = Parallel.Config(streams=(GatedCrossNet.Config(), _mlp(flavour, _GDCN_MLP)), fusion="concat")
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -193,6 +209,8 @@ PRESETS: Mapping[str, Preset] = {
     "xdeepfm": Preset(xdeepfm, "compressed interaction network beside an MLP", "arXiv:1803.05170"),
     "cross_net_v2": Preset(cross_net_v2, "full-matrix cross network alone", "arXiv:2008.13535"),
     "dcn_mix": Preset(dcn_mix, "mixture of low-rank cross networks beside an MLP", "arXiv:2008.13535"),
+    "gdcn_stacked": Preset(gdcn_stacked, "gated cross network, an MLP after it", "arXiv:2311.04635"),
+    "gdcn_parallel": Preset(gdcn_parallel, "gated cross network beside an MLP", "arXiv:2311.04635"),
 }
 
 COMPONENTS: Table = {
@@ -209,6 +227,7 @@ COMPONENTS: Table = {
         FinalMLP,
         CIN,
         CrossNetMix,
+        GatedCrossNet,
         Stack,
         Parallel,
         Head,

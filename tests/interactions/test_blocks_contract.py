@@ -16,6 +16,7 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
@@ -24,7 +25,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
-TABLE |= {block.__name__: block for block in (CIN, CrossNetMix)}
+TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -50,6 +51,7 @@ CONFIGS: dict[str, Interaction.Config] = {
     "cin_with_activation": CIN.Config(hidden_units=(5, 4), bias=True, activation="tanh"),
     "cross_net_mix": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2),
     "cross_net_mix_linear": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2, activation="none", gate="sigmoid"),
+    "gated_cross_net": GatedCrossNet.Config(num_layers=2),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
