@@ -14,6 +14,7 @@ from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
@@ -25,7 +26,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
-TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet)}
+TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -52,6 +53,12 @@ CONFIGS: dict[str, Interaction.Config] = {
     "cross_net_mix": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2),
     "cross_net_mix_linear": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2, activation="none", gate="sigmoid"),
     "gated_cross_net": GatedCrossNet.Config(num_layers=2),
+    "senet": SENet.Config(reduction_ratio=2, activation="sigmoid"),
+    "bilinear_all": Bilinear.Config(kind="field_all"),
+    "bilinear_each": Bilinear.Config(kind="field_each"),
+    "bilinear_interaction": Bilinear.Config(),
+    "fibinet": FiBiNET.Config(senet=SENet.Config(activation="silu")),
+    "fibinet_shared": FiBiNET.Config(senet=SENet.Config(activation="silu"), shared=True),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -258,6 +258,7 @@ FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({}, 147_984),
     "xdeepfm": ({}, 429_809),
     "cross_net_v2": ({}, 94_391),
+    "fibinet": ({}, 743_480),
 }
 MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
@@ -266,6 +267,7 @@ MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
         1_351_767,
     ),
     "cross_net_v2": ({"interaction.num_layers": "8"}, 909_861),
+    "fibinet": ({"interaction.blocks.0.senet.reduction_ratio": "0.3"}, 1_340_790),
 }
 
 
