@@ -24,6 +24,7 @@ from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
+from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
@@ -196,6 +197,24 @@ def fibinet(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, interaction, head=Head.Config(), first_order=FirstOrder.Config(bias=False), dim=10)
 
 
+def mask_net_serial(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Mask blocks one after another. Their number and widths are tuned per data set: in `fuxictr` for MovielensLatest."""
+    blocks = SerialMaskNet.Config()
+    if flavour == "fuxictr":
+        blocks = SerialMaskNet.Config(reduction_ratio=4.0, embedding_norm=False)
+    return _ctr(flavour, blocks, head=Head.Config(), dim=10)
+
+
+def mask_net_parallel(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Mask blocks side by side, an MLP after them. Their number and widths are tuned per data set: in `fuxictr` for Frappe."""
+    blocks = ParallelMaskNet.Config()
+    if flavour == "fuxictr":
+        blocks = ParallelMaskNet.Config(block_dim=50, embedding_norm=False)
+    # Without batch normalisation in FuxiCTR too: the blocks are normalised by layer.
+    interaction = Stack.Config(blocks=(blocks, MLP.Config(hidden_units=(400, 400, 400))))
+    return _ctr(flavour, interaction, head=Head.Config(), dim=10)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -225,6 +244,8 @@ PRESETS: Mapping[str, Preset] = {
     "gdcn_stacked": Preset(gdcn_stacked, "gated cross network, an MLP after it", "arXiv:2311.04635"),
     "gdcn_parallel": Preset(gdcn_parallel, "gated cross network beside an MLP", "arXiv:2311.04635"),
     "fibinet": Preset(fibinet, "weighted fields and bilinear products, an MLP after them", "arXiv:1905.09433"),
+    "mask_net_serial": Preset(mask_net_serial, "mask blocks one after another", "arXiv:2102.07619"),
+    "mask_net_parallel": Preset(mask_net_parallel, "mask blocks side by side, an MLP after them", "arXiv:2102.07619"),
 }
 
 COMPONENTS: Table = {
@@ -245,6 +266,8 @@ COMPONENTS: Table = {
         SENet,
         Bilinear,
         FiBiNET,
+        SerialMaskNet,
+        ParallelMaskNet,
         Stack,
         Parallel,
         Head,

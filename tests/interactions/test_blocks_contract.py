@@ -19,6 +19,7 @@ from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
+from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
 
@@ -27,6 +28,7 @@ TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
 TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
+TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -59,6 +61,9 @@ CONFIGS: dict[str, Interaction.Config] = {
     "bilinear_interaction": Bilinear.Config(),
     "fibinet": FiBiNET.Config(senet=SENet.Config(activation="silu")),
     "fibinet_shared": FiBiNET.Config(senet=SENet.Config(activation="silu"), shared=True),
+    "mask_net_serial": SerialMaskNet.Config(hidden_units=(16, 8), dropout=0.2),
+    "mask_net_serial_plain": SerialMaskNet.Config(hidden_units=(16, 8), embedding_norm=False),
+    "mask_net_parallel": ParallelMaskNet.Config(num_blocks=2, block_dim=8, dropout=0.2),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
