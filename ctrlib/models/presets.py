@@ -19,6 +19,7 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
@@ -215,6 +216,11 @@ def mask_net_parallel(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, interaction, head=Head.Config(), dim=10)
 
 
+def edcn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Cross network and MLP that exchange what they found after every layer. Depth and temperature are tuned per data set."""
+    return _ctr(flavour, EDCN.Config(), head=Head.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -246,6 +252,7 @@ PRESETS: Mapping[str, Preset] = {
     "fibinet": Preset(fibinet, "weighted fields and bilinear products, an MLP after them", "arXiv:1905.09433"),
     "mask_net_serial": Preset(mask_net_serial, "mask blocks one after another", "arXiv:2102.07619"),
     "mask_net_parallel": Preset(mask_net_parallel, "mask blocks side by side, an MLP after them", "arXiv:2102.07619"),
+    "edcn": Preset(edcn, "cross network and MLP that exchange after every layer", "doi:10.1145/3459637.3481915"),
 }
 
 COMPONENTS: Table = {
@@ -268,6 +275,7 @@ COMPONENTS: Table = {
         FiBiNET,
         SerialMaskNet,
         ParallelMaskNet,
+        EDCN,
         Stack,
         Parallel,
         Head,

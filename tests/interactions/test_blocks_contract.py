@@ -14,6 +14,7 @@ from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
@@ -28,7 +29,7 @@ TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
 TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
-TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet)}
+TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -64,6 +65,10 @@ CONFIGS: dict[str, Interaction.Config] = {
     "mask_net_serial": SerialMaskNet.Config(hidden_units=(16, 8), dropout=0.2),
     "mask_net_serial_plain": SerialMaskNet.Config(hidden_units=(16, 8), embedding_norm=False),
     "mask_net_parallel": ParallelMaskNet.Config(num_blocks=2, block_dim=8, dropout=0.2),
+    "edcn": EDCN.Config(num_layers=2, dropout=0.2),
+    "edcn_sum": EDCN.Config(num_layers=2, bridge="sum", norm="none", regulation=False),
+    "edcn_concat": EDCN.Config(num_layers=2, bridge="concat", temperature=2.0),
+    "edcn_attention": EDCN.Config(num_layers=2, bridge="attention"),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -260,6 +260,7 @@ FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cross_net_v2": ({}, 94_391),
     "fibinet": ({}, 743_480),
     "mask_net_parallel": ({}, 571_691),
+    "edcn": ({}, 86_351),
 }
 MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
@@ -270,6 +271,7 @@ MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cross_net_v2": ({"interaction.num_layers": "8"}, 909_861),
     "fibinet": ({"interaction.blocks.0.senet.reduction_ratio": "0.3"}, 1_340_790),
     "mask_net_serial": ({}, 2_624_541),
+    "edcn": ({"interaction.num_layers": "2", "interaction.regulation": "False"}, 904_701),
 }
 
 
