@@ -19,6 +19,8 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.final_mlp import FinalMLP
@@ -221,6 +223,19 @@ def edcn(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, EDCN.Config(), head=Head.Config())
 
 
+def deep_crossing(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Residual units on the embeddings side by side. Their number and widths are tuned per data set."""
+    units = DeepCrossing.Config(hidden_units=(64, 64, 64), norm="batch") if flavour == "fuxictr" else DeepCrossing.Config()
+    return _ctr(flavour, units, head=Head.Config())
+
+
+def dlrm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Inner products of all pairs of fields, the top MLP after them. Sizes are tuned per data set: in `paper` for Criteo."""
+    # NOTE[DIFF] no bottom MLP: which columns are numbers is not known before the data are
+    top = _mlp(flavour, MLP.Config(hidden_units=(512, 256)))
+    return _ctr(flavour, Stack.Config(blocks=(DotInteraction.Config(), top)), head=Head.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -253,6 +268,8 @@ PRESETS: Mapping[str, Preset] = {
     "mask_net_serial": Preset(mask_net_serial, "mask blocks one after another", "arXiv:2102.07619"),
     "mask_net_parallel": Preset(mask_net_parallel, "mask blocks side by side, an MLP after them", "arXiv:2102.07619"),
     "edcn": Preset(edcn, "cross network and MLP that exchange after every layer", "doi:10.1145/3459637.3481915"),
+    "deep_crossing": Preset(deep_crossing, "residual units on the embeddings", "doi:10.1145/2939672.2939704"),
+    "dlrm": Preset(dlrm, "inner products of all pairs of fields, an MLP after them", "arXiv:1906.00091"),
 }
 
 COMPONENTS: Table = {
@@ -276,6 +293,8 @@ COMPONENTS: Table = {
         SerialMaskNet,
         ParallelMaskNet,
         EDCN,
+        DeepCrossing,
+        DotInteraction,
         Stack,
         Parallel,
         Head,

@@ -14,6 +14,8 @@ from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.final_mlp import FinalMLP
@@ -29,7 +31,7 @@ TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
 TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
-TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN)}
+TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN, DeepCrossing, DotInteraction)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -69,6 +71,10 @@ CONFIGS: dict[str, Interaction.Config] = {
     "edcn_sum": EDCN.Config(num_layers=2, bridge="sum", norm="none", regulation=False),
     "edcn_concat": EDCN.Config(num_layers=2, bridge="concat", temperature=2.0),
     "edcn_attention": EDCN.Config(num_layers=2, bridge="attention"),
+    "deep_crossing": DeepCrossing.Config(hidden_units=(8, 5), activation="silu"),
+    "deep_crossing_norm": DeepCrossing.Config(hidden_units=(8, 5), activation="silu", norm="batch", dropout=0.2),
+    "dot_interaction": DotInteraction.Config(),
+    "dot_interaction_bottom": DotInteraction.Config(bottom_fields=("hour", "city"), bottom_hidden_units=(8,)),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
