@@ -23,6 +23,7 @@ from ctrlib.interactions.deep_crossing import DeepCrossing
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
+from ctrlib.interactions.fignn import AttentionalScore, FiGNN
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
@@ -236,6 +237,16 @@ def dlrm(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, Stack.Config(blocks=(DotInteraction.Config(), top)), head=Head.Config())
 
 
+def fignn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Fields as nodes of a graph that exchange messages. The number of steps is tuned per data set."""
+    if flavour == "fuxictr":
+        interaction = Stack.Config(blocks=(FiGNN.Config(share_layers=False), AttentionalScore.Config()))
+    else:
+        attention = AutoInt.Config(num_layers=1, num_heads=2, head_dim=8, scale=True, residual="none")
+        interaction = Stack.Config(blocks=(attention, FiGNN.Config(), AttentionalScore.Config()))
+    return _ctr(flavour, interaction)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -270,6 +281,7 @@ PRESETS: Mapping[str, Preset] = {
     "edcn": Preset(edcn, "cross network and MLP that exchange after every layer", "doi:10.1145/3459637.3481915"),
     "deep_crossing": Preset(deep_crossing, "residual units on the embeddings", "doi:10.1145/2939672.2939704"),
     "dlrm": Preset(dlrm, "inner products of all pairs of fields, an MLP after them", "arXiv:1906.00091"),
+    "fignn": Preset(fignn, "fields as nodes of a graph that exchange messages", "arXiv:1910.05552"),
 }
 
 COMPONENTS: Table = {
@@ -295,6 +307,8 @@ COMPONENTS: Table = {
         EDCN,
         DeepCrossing,
         DotInteraction,
+        FiGNN,
+        AttentionalScore,
         Stack,
         Parallel,
         Head,

@@ -18,6 +18,7 @@ from ctrlib.interactions.deep_crossing import DeepCrossing
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
+from ctrlib.interactions.fignn import AttentionalScore, FiGNN
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
@@ -32,6 +33,7 @@ TABLE: dict[str, type[Component]] = {
 }
 TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
 TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN, DeepCrossing, DotInteraction)}
+TABLE |= {block.__name__: block for block in (FiGNN, AttentionalScore)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -75,6 +77,9 @@ CONFIGS: dict[str, Interaction.Config] = {
     "deep_crossing_norm": DeepCrossing.Config(hidden_units=(8, 5), activation="silu", norm="batch", dropout=0.2),
     "dot_interaction": DotInteraction.Config(),
     "dot_interaction_bottom": DotInteraction.Config(bottom_fields=("hour", "city"), bottom_hidden_units=(8,)),
+    "fignn": FiGNN.Config(num_layers=2),
+    "fignn_own_layers": FiGNN.Config(num_layers=2, share_layers=False, gru=False, residual=False),
+    "attentional_score": AttentionalScore.Config(),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -261,6 +261,7 @@ FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "fibinet": ({}, 743_480),
     "mask_net_parallel": ({}, 571_691),
     "edcn": ({}, 86_351),
+    "fignn": ({"interaction.blocks.0.num_layers": "17", "interaction.blocks.0.gru": "False"}, 89_090),
 }
 MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
@@ -272,6 +273,7 @@ MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
     "fibinet": ({"interaction.blocks.0.senet.reduction_ratio": "0.3"}, 1_340_790),
     "mask_net_serial": ({}, 2_624_541),
     "edcn": ({"interaction.num_layers": "2", "interaction.regulation": "False"}, 904_701),
+    "fignn": ({"interaction.blocks.0.num_layers": "13", "interaction.blocks.0.gru": "False"}, 910_440),
 }
 
 
