@@ -108,7 +108,9 @@ class Bilinear(Interaction):
         """[B, F, D] → [B, F(F−1)/2, D]."""
         right_BPD = x_BFD.index_select(1, self.right)
         if self.kind == "field_interaction":
-            return torch.einsum("bpd,ped->bpe", x_BFD.index_select(1, self.left), self.weight) * right_BPD
+            # Pairs first: one small matmul per pair, each of rows that lie side by side.
+            left_PBD = x_BFD.transpose(0, 1).contiguous().index_select(0, self.left)
+            return (left_PBD @ self.weight.mT).transpose(0, 1) * right_BPD
         if self.kind == "field_each":
             moved_BFD = torch.einsum("bfd,fed->bfe", x_BFD[:, :-1], self.weight)
         else:
