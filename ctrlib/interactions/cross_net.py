@@ -1,17 +1,20 @@
 """Cross networks: explicit feature crosses of an order that grows by one per layer (DCN, DCN-V2).
 
-Both read all embeddings side by side, x_0 = vec(x) of width N = F·D, and return the same width.
+All read all embeddings side by side, x_0 = vec(x) of width N = F·D, and return the same width.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.mlp import ACTIVATIONS, Activation
 from ctrlib.schema import FieldLayout
 
 
@@ -94,3 +97,99 @@ class CrossNetV2(Interaction):
         for layer in self.layers:
             x_BN = x0_BN * layer(x_BN) + x_BN
         return x_BN.unsqueeze(1)
+
+
+class CrossNetMix(Interaction):
+    """DCN-V2's mixture of low-rank crosses, DCN-Mix (arXiv:2008.13535 eq. 3 and 4). K experts work in subspaces of width r:
+
+        x_{l+1} = Σ_i G_i(x_l) E_i(x_l) + x_l
+        E_i(x)  = x_0 ⊙ (U_l^i act(C_l^i act(V_l^iᵀ x)) + b_l)      eq. 4; without act and C it is eq. 3
+
+    The gates G = softmax(W x), or σ(W x), belong to all layers, as G_i without a layer's index in the paper and in released
+    code. Shape: [B, F, D] → [B, 1, F·D], field ``"cross"``. Parameters: K·N, and 2·K·N·r + K·r² + N per layer (eq. 3: no K·r²).
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Interaction.Config):
+        """Options.
+
+        Attributes:
+            num_layers: crosses.
+            num_experts: K.
+            rank: r.
+            activation: twice inside each expert; ``"none"`` is eq. 3, where a C would add nothing to U.
+            gate: the paper names both.
+
+        Raises:
+            ConfigError: a size below 1.
+        """
+
+        num_layers: int = 3
+        num_experts: int = 4
+        rank: int = 32
+        activation: Activation = "tanh"
+        gate: Literal["softmax", "sigmoid"] = "softmax"
+
+        def __post_init__(self) -> None:
+            positive("CrossNetMix.num_layers", self.num_layers)
+            positive("CrossNetMix.num_experts", self.num_experts)
+            positive("CrossNetMix.rank", self.rank)
+
+    def __init__(self, config: Config, layout: FieldLayout) -> None:
+        super().__init__()
+        self.gate = nn.Linear(layout.width, config.num_experts, bias=False)
+        self.softmax = config.gate == "softmax"
+        self.layers = nn.ModuleList(LowRankExperts(config, layout.width) for _ in range(config.num_layers))
+        self.out = FieldLayout(("cross",), layout.width)
+
+    def gates(self, x_BN: Tensor) -> Tensor:
+        """[B, N] → [B, K]."""
+        logits_BK = self.gate(x_BN)
+        return cast(Tensor, logits_BK.softmax(dim=-1) if self.softmax else logits_BK.sigmoid())
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """[B, F, D] → [B, 1, F·D]."""
+        x0_BN = x_BFD.flatten(1)
+        x_BN = x0_BN
+        for layer in self.layers:
+            x_BN = x0_BN * layer(x_BN, self.gates(x_BN)) + x_BN
+        return x_BN.unsqueeze(1)
+
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"gate/0"``, … [B, K]: how much each expert counts in each layer."""
+        x0_BN = x_BFD.flatten(1)
+        x_BN = x0_BN
+        shown: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            shown[f"gate/{i}"] = self.gates(x_BN)
+            x_BN = x0_BN * layer(x_BN, shown[f"gate/{i}"]) + x_BN
+        return shown
+
+
+class LowRankExperts(nn.Module):
+    """Σ_i G_i (U^i act(C^i act(V^iᵀ x)) + b): a layer of :class:`CrossNetMix` before the product with x_0. All experts' V side
+    by side, and all U below each other, make one matmul each. Shape: x [B, N], gates [B, K] → [B, N].
+
+    NOTE[DIFF] Xavier normal expert by expert; FuxiCTR computes it from the stack of K matrices, and so starts smaller.
+    """
+
+    def __init__(self, config: CrossNetMix.Config, width: int) -> None:
+        super().__init__()
+        self.experts = (config.num_experts, config.rank)
+        inner = config.num_experts * config.rank
+        std = math.sqrt(2 / (width + config.rank))
+        self.down = nn.Parameter(std * torch.randn(width, inner))
+        self.up = nn.Parameter(std * torch.randn(inner, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.activation: nn.Module = nn.Identity()
+        self.within: nn.Parameter | None = None
+        if config.activation != "none":
+            self.activation = ACTIVATIONS[config.activation]()
+            self.within = nn.Parameter(torch.randn(config.num_experts, config.rank, config.rank) / math.sqrt(config.rank))
+
+    def forward(self, x_BN: Tensor, gates_BK: Tensor) -> Tensor:
+        h_BKr = (x_BN @ self.down).view(-1, *self.experts)
+        if self.within is not None:
+            h_BKr = self.activation(torch.einsum("bkr,ksr->bks", self.activation(h_BKr), self.within))
+        up_BN: Tensor = (h_BKr * gates_BK.unsqueeze(-1)).flatten(1) @ self.up
+        return up_BN + self.bias * gates_BK.sum(dim=-1, keepdim=True)

@@ -16,6 +16,7 @@ from ctrlib.config import ConfigError, Table
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.ffm import FFM
@@ -25,7 +26,17 @@ from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.dlrm import DotInteraction
+from ctrlib.interactions.edcn import EDCN
+from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
+from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.fm import FM
+from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
+from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
@@ -267,6 +278,106 @@ def onn(flavour: Flavour = "paper") -> MultiVectorModel.Config:
     deep = _mlp(flavour, MLP.Config(norm="batch"))
     config = _ctr(flavour, Stack.Config(blocks=(ONN.Config(), deep)), head=Head.Config(), dim=4)
     return _multi_vector(config, vectors="fields")
+def cin(flavour: Flavour = "paper") -> CTRModel.Config:
+    """First-order weights + CIN. Depth and widths are tuned per data set: in `paper` for Criteo, in `fuxictr` for Frappe."""
+    # NOTE[DIFF] the paper measures CIN also without the first-order weights; BARS does not
+    config = CIN.Config(hidden_units=(64, 64, 64), bias=True) if flavour == "fuxictr" else CIN.Config()
+    return _ctr(flavour, config, head=Head.Config(), first_order=FirstOrder.Config(bias=False), dim=10)
+
+
+def xdeepfm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """First-order weights + CIN + MLP. Both depths are tuned per data set: in `paper` for Criteo, in `fuxictr` for Frappe."""
+    config = CIN.Config(hidden_units=(64,), bias=True) if flavour == "fuxictr" else CIN.Config()
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400)), output_dim=1)
+    crosses = Stack.Config(blocks=(config, Linear.Config()))
+    interaction = Parallel.Config(streams=(crosses, deep), fusion="sum")
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False), dim=10)
+
+
+def cross_net_v2(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Full-matrix cross network alone. Its depth is tuned per data set: in `fuxictr` for Frappe."""
+    cross = CrossNetV2.Config(num_layers=4 if flavour == "fuxictr" else 2)
+    return _ctr(flavour, cross, head=Head.Config())
+
+
+def dcn_mix(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Mixture of low-rank crosses beside an MLP. Sizes are tuned per data set; 4 experts of rank 32 are FuxiCTR's."""
+    deep = _mlp(flavour, MLP.Config(hidden_units=(768, 768)))
+    cross = CrossNetMix.Config(num_layers=3 if flavour == "fuxictr" else 2)
+    return _ctr(flavour, Parallel.Config(streams=(cross, deep), fusion="concat"), head=Head.Config())
+
+
+_GDCN_MLP = MLP.Config(hidden_units=(400, 400, 400), norm="batch", dropout=0.5)  # the released code's
+
+
+def gdcn_stacked(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Gated cross network, an MLP after it. The depth is tuned per data set; three crosses are the released code's."""
+    interaction = Stack.Config(blocks=(GatedCrossNet.Config(), _mlp(flavour, _GDCN_MLP)))
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
+def gdcn_parallel(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Gated cross network beside an MLP. The depth is tuned per data set; three crosses are the released code's."""
+    interaction = Parallel.Config(streams=(GatedCrossNet.Config(), _mlp(flavour, _GDCN_MLP)), fusion="concat")
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
+def fibinet(flavour: Flavour = "paper") -> CTRModel.Config:
+    """First-order weights + bilinear products of the fields, weighted and not, an MLP after them. Which pairs share a matrix,
+    and the sizes, are tuned per data set: in `paper` for Criteo, in `fuxictr` for Frappe."""
+    products = FiBiNET.Config()
+    if flavour == "fuxictr":
+        senet, bilinear = SENet.Config(reduction_ratio=2), Bilinear.Config(kind="field_all")
+        products = FiBiNET.Config(senet=senet, bilinear=bilinear, shared=True)
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400), dropout=0.5))
+    interaction = Stack.Config(blocks=(products, deep))
+    return _ctr(flavour, interaction, head=Head.Config(), first_order=FirstOrder.Config(bias=False), dim=10)
+
+
+def mask_net_serial(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Mask blocks one after another. Their number and widths are tuned per data set: in `fuxictr` for MovielensLatest."""
+    blocks = SerialMaskNet.Config()
+    if flavour == "fuxictr":
+        blocks = SerialMaskNet.Config(reduction_ratio=4.0, embedding_norm=False)
+    return _ctr(flavour, blocks, head=Head.Config(), dim=10)
+
+
+def mask_net_parallel(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Mask blocks side by side, an MLP after them. Their number and widths are tuned per data set: in `fuxictr` for Frappe."""
+    blocks = ParallelMaskNet.Config()
+    if flavour == "fuxictr":
+        blocks = ParallelMaskNet.Config(block_dim=50, embedding_norm=False)
+    # Without batch normalisation in FuxiCTR too: the blocks are normalised by layer.
+    interaction = Stack.Config(blocks=(blocks, MLP.Config(hidden_units=(400, 400, 400))))
+    return _ctr(flavour, interaction, head=Head.Config(), dim=10)
+
+
+def edcn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Cross network and MLP that exchange what they found after every layer. Depth and temperature are tuned per data set."""
+    return _ctr(flavour, EDCN.Config(), head=Head.Config())
+
+
+def deep_crossing(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Residual units on the embeddings side by side. Their number and widths are tuned per data set."""
+    units = DeepCrossing.Config(hidden_units=(64, 64, 64), norm="batch") if flavour == "fuxictr" else DeepCrossing.Config()
+    return _ctr(flavour, units, head=Head.Config())
+
+
+def dlrm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Inner products of all pairs of fields, the top MLP after them. Sizes are tuned per data set: in `paper` for Criteo."""
+    # NOTE[DIFF] no bottom MLP: which columns are numbers is not known before the data are
+    top = _mlp(flavour, MLP.Config(hidden_units=(512, 256)))
+    return _ctr(flavour, Stack.Config(blocks=(DotInteraction.Config(), top)), head=Head.Config())
+
+
+def fignn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Fields as nodes of a graph that exchange messages. The number of steps is tuned per data set."""
+    if flavour == "fuxictr":
+        interaction = Stack.Config(blocks=(FiGNN.Config(share_layers=False), AttentionalScore.Config()))
+    else:
+        attention = AutoInt.Config(num_layers=1, num_heads=2, head_dim=8, scale=True, residual="none")
+        interaction = Stack.Config(blocks=(attention, FiGNN.Config(), AttentionalScore.Config()))
+    return _ctr(flavour, interaction)
 
 
 @dataclass(frozen=True)
@@ -304,6 +415,19 @@ PRESETS: Mapping[str, Preset] = {
     "ffm": Preset(ffm, "FM with a vector per value and other field", "Juan et al. 2016, doi:10.1145/2959100.2959134"),
     "hofm": Preset(hofm, "FM of third order", "arXiv:1607.07195"),
     "onn": Preset(onn, "a vector per value and operation, into an MLP", "arXiv:1904.12579"),
+    "cin": Preset(cin, "compressed interaction network", "arXiv:1803.05170"),
+    "xdeepfm": Preset(xdeepfm, "compressed interaction network beside an MLP", "arXiv:1803.05170"),
+    "cross_net_v2": Preset(cross_net_v2, "full-matrix cross network alone", "arXiv:2008.13535"),
+    "dcn_mix": Preset(dcn_mix, "mixture of low-rank cross networks beside an MLP", "arXiv:2008.13535"),
+    "gdcn_stacked": Preset(gdcn_stacked, "gated cross network, an MLP after it", "arXiv:2311.04635"),
+    "gdcn_parallel": Preset(gdcn_parallel, "gated cross network beside an MLP", "arXiv:2311.04635"),
+    "fibinet": Preset(fibinet, "weighted fields and bilinear products, an MLP after them", "arXiv:1905.09433"),
+    "mask_net_serial": Preset(mask_net_serial, "mask blocks one after another", "arXiv:2102.07619"),
+    "mask_net_parallel": Preset(mask_net_parallel, "mask blocks side by side, an MLP after them", "arXiv:2102.07619"),
+    "edcn": Preset(edcn, "cross network and MLP that exchange after every layer", "doi:10.1145/3459637.3481915"),
+    "deep_crossing": Preset(deep_crossing, "residual units on the embeddings", "doi:10.1145/2939672.2939704"),
+    "dlrm": Preset(dlrm, "inner products of all pairs of fields, an MLP after them", "arXiv:1906.00091"),
+    "fignn": Preset(fignn, "fields as nodes of a graph that exchange messages", "arXiv:1910.05552"),
 }
 
 COMPONENTS: Table = {
@@ -318,6 +442,19 @@ COMPONENTS: Table = {
         CrossNetV2,
         AutoInt,
         FinalMLP,
+        CIN,
+        CrossNetMix,
+        GatedCrossNet,
+        SENet,
+        Bilinear,
+        FiBiNET,
+        SerialMaskNet,
+        ParallelMaskNet,
+        EDCN,
+        DeepCrossing,
+        DotInteraction,
+        FiGNN,
+        AttentionalScore,
         Stack,
         Parallel,
         Head,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ctrlib.config import Component, from_json, to_json
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.ffm import FFM
@@ -21,7 +22,17 @@ from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.dlrm import DotInteraction
+from ctrlib.interactions.edcn import EDCN
+from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
+from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.fm import FM
+from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.linear import FirstOrder, Linear
+from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
 from ctrlib.schema import FieldLayout
@@ -31,6 +42,9 @@ TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
 TABLE |= {block.__name__: block for block in (InnerProduct, OuterProduct, PIN, FGCNN, FwFM, FmFM, FFM, HOFM, ONN)}
+TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
+TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN, DeepCrossing, DotInteraction)}
+TABLE |= {block.__name__: block for block in (FiGNN, AttentionalScore)}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 FGCNN_SIZES: dict[str, Any] = {"kernel_heights": (3, 2), "channels": (2, 3), "pool_sizes": (2, 2), "new_maps": (2, 1)}
@@ -75,6 +89,31 @@ CONFIGS: dict[str, Interaction.Config] = {
     "hofm": HOFM.Config(order=4),
     "onn": Stack.Config(blocks=(AutoInt.Config(num_layers=1, head_dim=4), ONN.Config())),
     "hofm_shared": HOFM.Config(share_embedding=True),
+    "cin": CIN.Config(hidden_units=(5, 4)),
+    "cin_with_activation": CIN.Config(hidden_units=(5, 4), bias=True, activation="tanh"),
+    "cross_net_mix": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2),
+    "cross_net_mix_linear": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2, activation="none", gate="sigmoid"),
+    "gated_cross_net": GatedCrossNet.Config(num_layers=2),
+    "senet": SENet.Config(reduction_ratio=2, activation="sigmoid"),
+    "bilinear_all": Bilinear.Config(kind="field_all"),
+    "bilinear_each": Bilinear.Config(kind="field_each"),
+    "bilinear_interaction": Bilinear.Config(),
+    "fibinet": FiBiNET.Config(senet=SENet.Config(activation="silu")),
+    "fibinet_shared": FiBiNET.Config(senet=SENet.Config(activation="silu"), shared=True),
+    "mask_net_serial": SerialMaskNet.Config(hidden_units=(16, 8), dropout=0.2),
+    "mask_net_serial_plain": SerialMaskNet.Config(hidden_units=(16, 8), embedding_norm=False),
+    "mask_net_parallel": ParallelMaskNet.Config(num_blocks=2, block_dim=8, dropout=0.2),
+    "edcn": EDCN.Config(num_layers=2, dropout=0.2),
+    "edcn_sum": EDCN.Config(num_layers=2, bridge="sum", norm="none", regulation=False),
+    "edcn_concat": EDCN.Config(num_layers=2, bridge="concat", temperature=2.0),
+    "edcn_attention": EDCN.Config(num_layers=2, bridge="attention"),
+    "deep_crossing": DeepCrossing.Config(hidden_units=(8, 5), activation="silu"),
+    "deep_crossing_norm": DeepCrossing.Config(hidden_units=(8, 5), activation="silu", norm="batch", dropout=0.2),
+    "dot_interaction": DotInteraction.Config(),
+    "dot_interaction_bottom": DotInteraction.Config(bottom_fields=("hour", "city"), bottom_hidden_units=(8,)),
+    "fignn": FiGNN.Config(num_layers=2),
+    "fignn_own_layers": FiGNN.Config(num_layers=2, share_layers=False, gru=False, residual=False),
+    "attentional_score": AttentionalScore.Config(),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2, LowRankExperts
 from ctrlib.schema import FieldLayout
-from tests.reference.cross_net import cross_v1, cross_v2
+from tests.reference.cross_net import Array, cross_mix, cross_v1, cross_v2, mix_gates
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
 
@@ -92,3 +94,81 @@ def test_config_errors() -> None:
         CrossNetV2.Config(num_layers=0)
     with pytest.raises(ConfigError, match=r"CrossNetV2\.rank is 0"):
         CrossNetV2.Config(rank=0)
+
+
+def mix(**options: Any) -> CrossNetMix:
+    block = CrossNetMix(CrossNetMix.Config(**options), LAYOUT).double()
+    for layer in block.layers:
+        assert isinstance(layer, LowRankExperts)
+        assert not layer.bias.any()
+        nn.init.normal_(layer.bias)
+    return block
+
+
+def mix_arrays(block: CrossNetMix) -> list[tuple[Array, Array, Array | None, Array]]:
+    """U, V, C and b of every layer, as the paper has them."""
+    found = []
+    for layer in block.layers:
+        assert isinstance(layer, LowRankExperts)
+        down, up = layer.down.detach().view(-1, *layer.experts), layer.up.detach().view(*layer.experts, -1)
+        within = None if layer.within is None else layer.within.detach().numpy()
+        found.append((up.transpose(1, 2).numpy(), down.transpose(0, 1).numpy(), within, layer.bias.detach().numpy()))
+    return found
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("activation", "act"),
+    [("tanh", np.tanh), ("relu", lambda v: np.maximum(v, 0)), ("none", None)],
+    ids=["tanh", "relu", "none"],
+)
+def test_mix_equals_the_formula(activation: str, act: Any, gate: Literal["softmax", "sigmoid"]) -> None:
+    torch.manual_seed(4)
+    block = mix(num_layers=3, num_experts=3, rank=2, activation=activation, gate=gate)
+    weight = block.gate.weight.detach().numpy()
+    x_BFD = torch.randn(4, 3, 2, dtype=torch.float64)
+    expected = [cross_mix(x.flatten().numpy(), weight, gate, mix_arrays(block), act) for x in x_BFD]
+    assert block.out == FieldLayout(("cross",), 6)
+    assert block(x_BFD).shape == (4, 1, 6)
+    np.testing.assert_allclose(block(x_BFD)[:, 0].detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+def test_mix_gates_read_the_current_layer() -> None:
+    """Gates of x_0 in every layer make another network; explain shows those of x_l."""
+    torch.manual_seed(5)
+    block = mix(num_layers=2, num_experts=3, rank=2)
+    x0_BN = torch.randn(4, 6, dtype=torch.float64)
+    shown = block.explain(x0_BN.view(4, 3, 2))
+    assert list(shown) == ["gate/0", "gate/1"]
+    right = wrong = x0_BN
+    for i, layer in enumerate(block.layers):
+        expected = [mix_gates(x.detach().numpy(), block.gate.weight.detach().numpy(), "softmax") for x in right]
+        np.testing.assert_allclose(shown[f"gate/{i}"].detach().numpy(), expected, rtol=0, atol=1e-10)
+        right = x0_BN * layer(right, block.gates(right)) + right
+        wrong = x0_BN * layer(wrong, block.gates(x0_BN)) + wrong
+    torch.testing.assert_close(block(x0_BN.view(4, 3, 2))[:, 0], right, rtol=0, atol=1e-12)
+    assert (wrong - right).abs().max() > 1e-3
+
+
+def test_mix_of_one_linear_expert_is_the_low_rank_form() -> None:
+    torch.manual_seed(6)
+    block = mix(num_layers=2, num_experts=1, rank=2, activation="none")
+    plain = CrossNetV2(CrossNetV2.Config(num_layers=2, rank=2), LAYOUT).double()
+    for layer, experts in zip(plain.layers, block.layers, strict=True):
+        assert isinstance(experts, LowRankExperts)
+        layer.load_state_dict(
+            {"0.weight": experts.down.detach().T, "1.weight": experts.up.detach().T, "1.bias": experts.bias.detach()}
+        )
+    x_BFD = torch.randn(4, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(block(x_BFD), plain(x_BFD), rtol=0, atol=1e-12)
+
+
+def test_mix_sizes_and_config_errors() -> None:
+    layout = FieldLayout(tuple(f"f{i}" for i in range(10)), 10)
+    per_layer = 2 * 4 * 100 * 32 + 100
+    assert size(CrossNetMix(CrossNetMix.Config(), layout)) == 400 + 3 * (per_layer + 4 * 32 * 32)
+    assert size(CrossNetMix(CrossNetMix.Config(activation="none"), layout)) == 400 + 3 * per_layer
+    wrong: list[dict[str, Any]] = [{"num_layers": 0}, {"num_experts": 0}, {"rank": 0}]
+    for options in wrong:
+        with pytest.raises(ConfigError, match=rf"CrossNetMix\.{next(iter(options))} is 0"):
+            CrossNetMix.Config(**options)

@@ -23,6 +23,7 @@ every_model = pytest.mark.parametrize(("name", "flavour"), CASES)
 TWO_LABELS = replace(LAYOUT, labels=("click", "buy"))
 ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp"}
 ONE_LOGIT |= {"fgcnn_fm", "fgcnn_deepfm", "fwfm", "fmfm", "ffm", "hofm"}
+ONE_LOGIT |= {"cin", "xdeepfm", "fibinet", "fignn"}
 
 
 def model(name: str, flavour: Flavour, layout: BatchLayout = LAYOUT, **changes: object) -> ModelComponent:

@@ -270,3 +270,39 @@ def test_several_labels_need_a_head_alone(options: dict[str, Any]) -> None:
     listed = str(error.value).split("(")[-1].split(")")[0].split(", ")
     for name in listed:  # the models that the message recommends do work
         assert make(shrunk(preset(name)), TWO_LABELS)(rows(3)).logits.shape == (3, 2)
+
+
+# Presets of the benchmark code's architectures, and what the MovieLens runs set otherwise.
+FRAPPE_PRESETS: dict[str, tuple[dict[str, str], int]] = {
+    "cin": ({}, 147_984),
+    "xdeepfm": ({}, 429_809),
+    "cross_net_v2": ({}, 94_391),
+    "fibinet": ({}, 743_480),
+    "mask_net_parallel": ({}, 571_691),
+    "edcn": ({}, 86_351),
+    "fignn": ({"interaction.blocks.0.num_layers": "17", "interaction.blocks.0.gru": "False"}, 89_090),
+}
+MOVIELENS_PRESETS: dict[str, tuple[dict[str, str], int]] = {
+    "cin": ({"interaction.hidden_units": "32,32,32,32"}, 1_002_390),
+    "xdeepfm": (
+        {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.1.norm": "none"},
+        1_351_767,
+    ),
+    "cross_net_v2": ({"interaction.num_layers": "8"}, 909_861),
+    "fibinet": ({"interaction.blocks.0.senet.reduction_ratio": "0.3"}, 1_340_790),
+    "mask_net_serial": ({}, 2_624_541),
+    "edcn": ({"interaction.num_layers": "2", "interaction.regulation": "False"}, 904_701),
+    "fignn": ({"interaction.blocks.0.num_layers": "13", "interaction.blocks.0.gru": "False"}, 910_440),
+}
+
+
+@pytest.mark.parametrize("name", FRAPPE_PRESETS)
+def test_presets_have_the_published_parameters_on_frappe(name: str) -> None:
+    options, parameters = FRAPPE_PRESETS[name]
+    assert count(override(preset(name, "fuxictr"), options, COMPONENTS), FRAPPE_1) == parameters
+
+
+@pytest.mark.parametrize("name", MOVIELENS_PRESETS)
+def test_presets_have_the_published_parameters_on_movielens(name: str) -> None:
+    options, parameters = MOVIELENS_PRESETS[name]
+    assert count(override(preset(name, "fuxictr"), options, COMPONENTS), MOVIELENS_1) == parameters
