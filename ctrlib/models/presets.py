@@ -18,23 +18,20 @@ from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
-from ctrlib.interactions.ffm import FFM
-from ctrlib.interactions.fgcnn import FGCNN
-from ctrlib.interactions.field_weighted import FmFM, FwFM
-from ctrlib.interactions.final_mlp import FinalMLP
-from ctrlib.interactions.fm import FM
-from ctrlib.interactions.hofm import HOFM
-from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.deep_crossing import DeepCrossing
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
+from ctrlib.interactions.ffm import FFM
+from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
+from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
+from ctrlib.interactions.hofm import HOFM
+from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
@@ -278,6 +275,8 @@ def onn(flavour: Flavour = "paper") -> MultiVectorModel.Config:
     deep = _mlp(flavour, MLP.Config(norm="batch"))
     config = _ctr(flavour, Stack.Config(blocks=(ONN.Config(), deep)), head=Head.Config(), dim=4)
     return _multi_vector(config, vectors="fields")
+
+
 def cin(flavour: Flavour = "paper") -> CTRModel.Config:
     """First-order weights + CIN. Depth and widths are tuned per data set: in `paper` for Criteo, in `fuxictr` for Frappe."""
     # NOTE[DIFF] the paper measures CIN also without the first-order weights; BARS does not
