@@ -20,10 +20,12 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
+from ctrlib.models.hiformer import HiformerModel
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -137,6 +139,23 @@ def final_mlp(flavour: Flavour = "paper") -> FinalMLPModel.Config:
     return FinalMLPModel.Config(embedding=_FUXICTR_EMBEDDING, weight_init="xavier_normal", block=block)
 
 
+def hiformer(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Attention of a task token over learned mixtures of all fields, of low rank and pruned: the production model."""
+    # NOTE[DIFF] the hidden layers of the map of the numbers and of the tower are what the paper's parameter counts allow
+    return HiformerModel.Config(embedding=FeatureEmbedding.Config(dim=128), num_dense_tokens=6)
+
+
+def hetero_att(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Two layers of attention with weights of their own for every field."""
+    block = Hiformer.Config(attention="hetero", num_layers=2, norm_per_token=True)
+    return replace(hiformer(flavour), block=block)
+
+
+def transformer(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Three layers of attention with weights that all fields share: Hiformer's baseline."""
+    return replace(hiformer(flavour), block=Hiformer.Config(attention="shared", ffn="shared", num_layers=3))
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -159,6 +178,9 @@ PRESETS: Mapping[str, Preset] = {
     "autoint_plus": Preset(autoint_plus, "AutoInt beside an MLP", "arXiv:1810.11921", ("paper", "fuxictr", "official")),
     "dual_mlp": Preset(dual_mlp, "two MLPs, added", "arXiv:2304.00902"),
     "final_mlp": Preset(final_mlp, "two gated MLPs with multi-head bilinear fusion", "arXiv:2304.00902"),
+    "hiformer": Preset(hiformer, "attention over mixtures of all fields, low rank", "arXiv:2311.05884", ("paper",)),
+    "hetero_att": Preset(hetero_att, "attention with weights of their own per field", "arXiv:2311.05884", ("paper",)),
+    "transformer": Preset(transformer, "attention with shared weights, task token", "arXiv:2311.05884", ("paper",)),
 }
 
 COMPONENTS: Table = {
@@ -178,6 +200,8 @@ COMPONENTS: Table = {
         Head,
         CTRModel,
         FinalMLPModel,
+        Hiformer,
+        HiformerModel,
     )
 }
 

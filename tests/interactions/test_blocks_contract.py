@@ -15,6 +15,7 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
@@ -44,7 +45,21 @@ CONFIGS: dict[str, Interaction.Config] = {
     "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
     "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+    "hiformer": Hiformer.Config(num_heads=2, key_dim=3, value_dim=4, rank_key=5, rank_value=6, ffn_dim=8, dropout=0.2),
+    "hiformer_full": Hiformer.Config(
+        composite=("q", "k", "v"),
+        rank_key=None,
+        rank_value=None,
+        num_layers=2,
+        prune_last=False,
+        norm="pre",
+        position_bias=True,
+    ),
+    "hiformer_factors_per_head": Hiformer.Config(rank_key=3, rank_value=4, share_factors=False, norm="none", num_tasks=2),
+    "hetero_att": Hiformer.Config(attention="hetero", num_layers=2, norm="pre", norm_per_token=True, attention_dropout=0.2),
+    "transformer": Hiformer.Config(attention="shared", ffn="shared", num_layers=2, norm="pre"),
 }
+TABLE["Hiformer"] = Hiformer
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -77,7 +92,9 @@ def test_every_parameter_gets_a_gradient(config: Interaction.Config) -> None:
 @every_block
 def test_rows_do_not_see_each_other(config: Interaction.Config) -> None:
     x_BFD = rows(5).requires_grad_()
-    make(config)(x_BFD)[2].sum().backward()  # type: ignore[no-untyped-call]
+    y_BFD = make(config)(x_BFD)
+    # Weighted: the plain sum of what a layer norm returns is constant.
+    (y_BFD[2] * torch.linspace(1, 2, y_BFD.shape[2])).sum().backward()  # type: ignore[no-untyped-call]
     assert x_BFD.grad is not None
     assert x_BFD.grad[2].any()
     assert not x_BFD.grad[[0, 1, 3, 4]].any()
