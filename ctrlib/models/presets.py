@@ -19,12 +19,14 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
+from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
 from ctrlib.schema import suggest
 
@@ -156,6 +158,23 @@ def transformer(flavour: Flavour = "paper") -> HiformerModel.Config:
     return replace(hiformer(flavour), block=Hiformer.Config(attention="shared", ffn="shared", num_layers=3))
 
 
+def _final_net(flavour: Flavour, block: FinalNet.Config) -> FinalNetModel.Config:
+    if flavour == "fuxictr":
+        plain = FactorizedMLP.Config(hidden_units=(64, 64, 64), activation="none")
+        block = FinalNet.Config(block1=plain, block2=None if block.block2 is None else plain, gate="none")
+    return FinalNetModel.Config(embedding=_FUXICTR_EMBEDDING, weight_init="xavier_normal", block=block)
+
+
+def final_net_1b(flavour: Flavour = "paper") -> FinalNetModel.Config:
+    """One stack of factorized layers. ``paper``: widths of the authors' run on Frappe; ``fuxictr``: its model's defaults."""
+    return _final_net(flavour, FinalNet.Config(block2=None, gate="none"))
+
+
+def final_net_2b(flavour: Flavour = "paper") -> FinalNetModel.Config:
+    """Two stacks of factorized layers that learn from their mean. Flavours: see ``final_net_1b``."""
+    return _final_net(flavour, FinalNet.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -181,6 +200,8 @@ PRESETS: Mapping[str, Preset] = {
     "hiformer": Preset(hiformer, "attention over mixtures of all fields, low rank", "arXiv:2311.05884", ("paper",)),
     "hetero_att": Preset(hetero_att, "attention with weights of their own per field", "arXiv:2311.05884", ("paper",)),
     "transformer": Preset(transformer, "attention with shared weights, task token", "arXiv:2311.05884", ("paper",)),
+    "final_net_1b": Preset(final_net_1b, "layers that multiply halves of their output", "doi:10.1145/3539618.3591988"),
+    "final_net_2b": Preset(final_net_2b, "two FinalNet branches that learn from each other", "doi:10.1145/3539618.3591988"),
 }
 
 COMPONENTS: Table = {
@@ -202,6 +223,9 @@ COMPONENTS: Table = {
         FinalMLPModel,
         Hiformer,
         HiformerModel,
+        FactorizedMLP,
+        FinalNet,
+        FinalNetModel,
     )
 }
 

@@ -14,6 +14,7 @@ from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
@@ -58,8 +59,14 @@ CONFIGS: dict[str, Interaction.Config] = {
     "hiformer_factors_per_head": Hiformer.Config(rank_key=3, rank_value=4, share_factors=False, norm="none", num_tasks=2),
     "hetero_att": Hiformer.Config(attention="hetero", num_layers=2, norm="pre", norm_per_token=True, attention_dropout=0.2),
     "transformer": Hiformer.Config(attention="shared", ffn="shared", num_layers=2, norm="pre"),
+    "factorized_mlp": FactorizedMLP.Config(hidden_units=(8, 6), activation="none", norm="none"),
+    "final_net": FinalNet.Config(
+        block1=FactorizedMLP.Config(hidden_units=(8, 4), activation="silu", dropout=0.2),
+        block2=FactorizedMLP.Config(hidden_units=(5,), combine="sum", activation="tanh", norm="layer"),
+    ),
+    "final_net_1b": FinalNet.Config(block1=FactorizedMLP.Config(hidden_units=(8,), activation="silu"), block2=None, gate="sum"),
 }
-TABLE["Hiformer"] = Hiformer
+TABLE |= {block.__name__: block for block in (Hiformer, FactorizedMLP, FinalNet)}
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 

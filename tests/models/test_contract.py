@@ -22,6 +22,7 @@ CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavour
 every_model = pytest.mark.parametrize(("name", "flavour"), CASES)
 TWO_LABELS = replace(LAYOUT, labels=("click", "buy"))
 ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp"}
+ONE_LOGIT |= {"final_net_1b", "final_net_2b"}
 
 
 def model(name: str, flavour: Flavour, layout: BatchLayout = LAYOUT, **changes: object) -> ModelComponent:
