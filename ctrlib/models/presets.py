@@ -18,12 +18,16 @@ from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.ft_transformer import FTTransformer
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.rank_mixer import RankMixer
+from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.final_net import FinalNetModel
@@ -175,6 +179,30 @@ def final_net_2b(flavour: Flavour = "paper") -> FinalNetModel.Config:
     return _final_net(flavour, FinalNet.Config())
 
 
+def ft_transformer(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Pre-norm Transformer over the fields: the paper's default, which it also tunes per data set."""
+    config = _ctr(flavour, FTTransformer.Config(), head=Head.Config(), dim=192)
+    return replace(config, embedding=replace(config.embedding, init_std=0.04))
+
+
+def wukong(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Stacked factorization machines and an MLP: the smallest model of the paper's scaling study."""
+    # NOTE[DIFF] the paper does not give the widths of the last MLP
+    blocks = (Wukong.Config(), MLP.Config(hidden_units=(512, 256)))
+    return _ctr(flavour, Stack.Config(blocks=blocks), head=Head.Config(), dim=128)
+
+
+def rank_mixer(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Tokens that exchange pieces, and an FFN for each: the paper's smaller model, of 10^8 parameters."""
+    return _ctr(flavour, RankMixer.Config(), head=Head.Config())
+
+
+def euler_net(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Interactions of learned order in complex space. ``paper``: as released for Criteo; tuned per data set."""
+    plain = EulerNet.Config(num_orders=(3,), norm=False, explicit_dropout=0.0, implicit_dropout=0.0)
+    return _ctr(flavour, plain if flavour == "fuxictr" else EulerNet.Config(), head=Head.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -202,6 +230,10 @@ PRESETS: Mapping[str, Preset] = {
     "transformer": Preset(transformer, "attention with shared weights, task token", "arXiv:2311.05884", ("paper",)),
     "final_net_1b": Preset(final_net_1b, "layers that multiply halves of their output", "doi:10.1145/3539618.3591988"),
     "final_net_2b": Preset(final_net_2b, "two FinalNet branches that learn from each other", "doi:10.1145/3539618.3591988"),
+    "ft_transformer": Preset(ft_transformer, "pre-norm Transformer over fields, CLS token", "arXiv:2106.11959", ("paper",)),
+    "wukong": Preset(wukong, "stacked factorization machines", "arXiv:2403.02545", ("paper",)),
+    "rank_mixer": Preset(rank_mixer, "token mixing and an FFN per token", "arXiv:2507.15551", ("paper",)),
+    "euler_net": Preset(euler_net, "interactions of learned order in complex space", "arXiv:2304.10711"),
 }
 
 COMPONENTS: Table = {
@@ -226,6 +258,10 @@ COMPONENTS: Table = {
         FactorizedMLP,
         FinalNet,
         FinalNetModel,
+        FTTransformer,
+        Wukong,
+        RankMixer,
+        EulerNet,
     )
 }
 

@@ -13,12 +13,16 @@ from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.ft_transformer import FTTransformer
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.rank_mixer import RankMixer
+from ctrlib.interactions.wukong import Wukong
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
@@ -65,8 +69,14 @@ CONFIGS: dict[str, Interaction.Config] = {
         block2=FactorizedMLP.Config(hidden_units=(5,), combine="sum", activation="tanh", norm="layer"),
     ),
     "final_net_1b": FinalNet.Config(block1=FactorizedMLP.Config(hidden_units=(8,), activation="silu"), block2=None, gate="sum"),
+    "ft_transformer": FTTransformer.Config(num_layers=2, num_heads=2, residual_dropout=0.1),
+    "wukong": Wukong.Config(num_fmb=2, num_lcb=3, fm_rank=3, hidden_units=(16,), dropout=0.1),
+    "wukong_all_pairs": Wukong.Config(num_fmb=2, num_lcb=2, fm_rank=None, hidden_units=(16, 8)),
+    "rank_mixer": RankMixer.Config(num_tokens=5, token_dim=10, ffn_factor=2, dropout=0.1),
+    "euler_net": EulerNet.Config(num_orders=(4, 3)),
+    "euler_net_plain": EulerNet.Config(num_orders=(3,), norm=False),
 }
-TABLE |= {block.__name__: block for block in (Hiformer, FactorizedMLP, FinalNet)}
+TABLE |= {block.__name__: block for block in (Hiformer, FactorizedMLP, FinalNet, FTTransformer, Wukong, RankMixer, EulerNet)}
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
