@@ -100,7 +100,15 @@ def _prepare(data: dict[str, Any]) -> str:
     )
 
 
+def _hiformer(data: dict[str, Any]) -> str:
+    rows = [[r["rows"], r["variant"], r["parameters"] / 1e6, r["ms"], r["ratio"]] for r in data["results"]]
+    return f"One attention layer of the paper's size without gradients, {data['threads']} threads:\n\n" + _table(
+        ["rows", "variant", "M parameters", "ms", "times the cost of low rank and pruned"], rows
+    )
+
+
 SECTIONS = {"embedding": _embedding, "train": _train, "peers": _peers, "loader": _loader, "prepare": _prepare}
+SECTIONS["hiformer"] = _hiformer
 
 
 def main() -> None:

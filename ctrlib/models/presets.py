@@ -27,11 +27,16 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.ft_transformer import FTTransformer
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
@@ -39,6 +44,12 @@ from ctrlib.interactions.onn import ONN
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.multi_vector import MultiVectorModel
+from ctrlib.interactions.rank_mixer import RankMixer
+from ctrlib.interactions.wukong import Wukong
+from ctrlib.models.ctr import CTRModel, Head, ModelComponent
+from ctrlib.models.final_mlp import FinalMLPModel
+from ctrlib.models.final_net import FinalNetModel
+from ctrlib.models.hiformer import HiformerModel
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -377,6 +388,62 @@ def fignn(flavour: Flavour = "paper") -> CTRModel.Config:
         attention = AutoInt.Config(num_layers=1, num_heads=2, head_dim=8, scale=True, residual="none")
         interaction = Stack.Config(blocks=(attention, FiGNN.Config(), AttentionalScore.Config()))
     return _ctr(flavour, interaction)
+def hiformer(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Attention of a task token over learned mixtures of all fields, of low rank and pruned: the production model."""
+    # NOTE[DIFF] the hidden layers of the map of the numbers and of the tower are what the paper's parameter counts allow
+    return HiformerModel.Config(embedding=FeatureEmbedding.Config(dim=128), num_dense_tokens=6)
+
+
+def hetero_att(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Two layers of attention with weights of their own for every field."""
+    block = Hiformer.Config(attention="hetero", num_layers=2, norm_per_token=True)
+    return replace(hiformer(flavour), block=block)
+
+
+def transformer(flavour: Flavour = "paper") -> HiformerModel.Config:
+    """Three layers of attention with weights that all fields share: Hiformer's baseline."""
+    return replace(hiformer(flavour), block=Hiformer.Config(attention="shared", ffn="shared", num_layers=3))
+
+
+def _final_net(flavour: Flavour, block: FinalNet.Config) -> FinalNetModel.Config:
+    if flavour == "fuxictr":
+        plain = FactorizedMLP.Config(hidden_units=(64, 64, 64), activation="none")
+        block = FinalNet.Config(block1=plain, block2=None if block.block2 is None else plain, gate="none")
+    return FinalNetModel.Config(embedding=_FUXICTR_EMBEDDING, weight_init="xavier_normal", block=block)
+
+
+def final_net_1b(flavour: Flavour = "paper") -> FinalNetModel.Config:
+    """One stack of factorized layers. ``paper``: widths of the authors' run on Frappe; ``fuxictr``: its model's defaults."""
+    return _final_net(flavour, FinalNet.Config(block2=None, gate="none"))
+
+
+def final_net_2b(flavour: Flavour = "paper") -> FinalNetModel.Config:
+    """Two stacks of factorized layers that learn from their mean. Flavours: see ``final_net_1b``."""
+    return _final_net(flavour, FinalNet.Config())
+
+
+def ft_transformer(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Pre-norm Transformer over the fields: the paper's default, which it also tunes per data set."""
+    config = _ctr(flavour, FTTransformer.Config(), head=Head.Config(), dim=192)
+    return replace(config, embedding=replace(config.embedding, init_std=0.04))
+
+
+def wukong(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Stacked factorization machines and an MLP: the smallest model of the paper's scaling study."""
+    # NOTE[DIFF] the paper does not give the widths of the last MLP
+    blocks = (Wukong.Config(), MLP.Config(hidden_units=(512, 256)))
+    return _ctr(flavour, Stack.Config(blocks=blocks), head=Head.Config(), dim=128)
+
+
+def rank_mixer(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Tokens that exchange pieces, and an FFN for each: the paper's smaller model, of 10^8 parameters."""
+    return _ctr(flavour, RankMixer.Config(), head=Head.Config())
+
+
+def euler_net(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Interactions of learned order in complex space. ``paper``: as released for Criteo; tuned per data set."""
+    plain = EulerNet.Config(num_orders=(3,), norm=False, explicit_dropout=0.0, implicit_dropout=0.0)
+    return _ctr(flavour, plain if flavour == "fuxictr" else EulerNet.Config(), head=Head.Config())
 
 
 @dataclass(frozen=True)
@@ -427,6 +494,15 @@ PRESETS: Mapping[str, Preset] = {
     "deep_crossing": Preset(deep_crossing, "residual units on the embeddings", "doi:10.1145/2939672.2939704"),
     "dlrm": Preset(dlrm, "inner products of all pairs of fields, an MLP after them", "arXiv:1906.00091"),
     "fignn": Preset(fignn, "fields as nodes of a graph that exchange messages", "arXiv:1910.05552"),
+    "hiformer": Preset(hiformer, "attention over mixtures of all fields, low rank", "arXiv:2311.05884", ("paper",)),
+    "hetero_att": Preset(hetero_att, "attention with weights of their own per field", "arXiv:2311.05884", ("paper",)),
+    "transformer": Preset(transformer, "attention with shared weights, task token", "arXiv:2311.05884", ("paper",)),
+    "final_net_1b": Preset(final_net_1b, "layers that multiply halves of their output", "doi:10.1145/3539618.3591988"),
+    "final_net_2b": Preset(final_net_2b, "two FinalNet branches that learn from each other", "doi:10.1145/3539618.3591988"),
+    "ft_transformer": Preset(ft_transformer, "pre-norm Transformer over fields, CLS token", "arXiv:2106.11959", ("paper",)),
+    "wukong": Preset(wukong, "stacked factorization machines", "arXiv:2403.02545", ("paper",)),
+    "rank_mixer": Preset(rank_mixer, "token mixing and an FFN per token", "arXiv:2507.15551", ("paper",)),
+    "euler_net": Preset(euler_net, "interactions of learned order in complex space", "arXiv:2304.10711"),
 }
 
 COMPONENTS: Table = {
@@ -469,6 +545,15 @@ COMPONENTS: Table = {
         FFM,
         HOFM,
         ONN,
+        Hiformer,
+        HiformerModel,
+        FactorizedMLP,
+        FinalNet,
+        FinalNetModel,
+        FTTransformer,
+        Wukong,
+        RankMixer,
+        EulerNet,
     )
 }
 

@@ -23,15 +23,22 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
+from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.ft_transformer import FTTransformer
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
+from ctrlib.interactions.rank_mixer import RankMixer
+from ctrlib.interactions.wukong import Wukong
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
@@ -111,7 +118,33 @@ CONFIGS: dict[str, Interaction.Config] = {
     "fignn": FiGNN.Config(num_layers=2),
     "fignn_own_layers": FiGNN.Config(num_layers=2, share_layers=False, gru=False, residual=False),
     "attentional_score": AttentionalScore.Config(),
+    "hiformer": Hiformer.Config(num_heads=2, key_dim=3, value_dim=4, rank_key=5, rank_value=6, ffn_dim=8, dropout=0.2),
+    "hiformer_full": Hiformer.Config(
+        composite=("q", "k", "v"),
+        rank_key=None,
+        rank_value=None,
+        num_layers=2,
+        prune_last=False,
+        norm="pre",
+        position_bias=True,
+    ),
+    "hiformer_factors_per_head": Hiformer.Config(rank_key=3, rank_value=4, share_factors=False, norm="none", num_tasks=2),
+    "hetero_att": Hiformer.Config(attention="hetero", num_layers=2, norm="pre", norm_per_token=True, attention_dropout=0.2),
+    "transformer": Hiformer.Config(attention="shared", ffn="shared", num_layers=2, norm="pre"),
+    "factorized_mlp": FactorizedMLP.Config(hidden_units=(8, 6), activation="none", norm="none"),
+    "final_net": FinalNet.Config(
+        block1=FactorizedMLP.Config(hidden_units=(8, 4), activation="silu", dropout=0.2),
+        block2=FactorizedMLP.Config(hidden_units=(5,), combine="sum", activation="tanh", norm="layer"),
+    ),
+    "final_net_1b": FinalNet.Config(block1=FactorizedMLP.Config(hidden_units=(8,), activation="silu"), block2=None, gate="sum"),
+    "ft_transformer": FTTransformer.Config(num_layers=2, num_heads=2, residual_dropout=0.1),
+    "wukong": Wukong.Config(num_fmb=2, num_lcb=3, fm_rank=3, hidden_units=(16,), dropout=0.1),
+    "wukong_all_pairs": Wukong.Config(num_fmb=2, num_lcb=2, fm_rank=None, hidden_units=(16, 8)),
+    "rank_mixer": RankMixer.Config(num_tokens=5, token_dim=10, ffn_factor=2, dropout=0.1),
+    "euler_net": EulerNet.Config(num_orders=(4, 3)),
+    "euler_net_plain": EulerNet.Config(num_orders=(3,), norm=False),
 }
+TABLE |= {block.__name__: block for block in (Hiformer, FactorizedMLP, FinalNet, FTTransformer, Wukong, RankMixer, EulerNet)}
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -144,7 +177,9 @@ def test_every_parameter_gets_a_gradient(config: Interaction.Config) -> None:
 @every_block
 def test_rows_do_not_see_each_other(config: Interaction.Config) -> None:
     x_BFD = rows(5).requires_grad_()
-    make(config)(x_BFD)[2].sum().backward()  # type: ignore[no-untyped-call]
+    y_BFD = make(config)(x_BFD)
+    # Weighted: the plain sum of what a layer norm returns is constant.
+    (y_BFD[2] * torch.linspace(1, 2, y_BFD.shape[2])).sum().backward()  # type: ignore[no-untyped-call]
     assert x_BFD.grad is not None
     assert x_BFD.grad[2].any()
     assert not x_BFD.grad[[0, 1, 3, 4]].any()

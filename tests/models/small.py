@@ -9,6 +9,7 @@ import torch
 from ctrlib.batch import Batch, Ragged, embedding_parameters
 from ctrlib.config import from_json, to_json
 from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
 
@@ -18,6 +19,8 @@ LAYOUT = BatchLayout(
     sequences=(SequenceColumn("history", 12, "item", "mean", True),),
 )
 WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "dim": 4}
+WIDTHS |= {"key_dim": 4, "value_dim": 3, "rank_key": 5, "rank_value": 6}
+WIDTHS |= {"num_tokens": 4, "token_dim": 8, "num_fmb": 3, "num_lcb": 4, "fm_rank": 3, "num_orders": [5, 3]}
 
 
 def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
@@ -51,9 +54,12 @@ def take(batch: Batch, chosen: list[int]) -> Batch:
 def shrunk(config: ModelComponent.Config, **changes: Any) -> ModelComponent.Config:
     """The same model with few units; ``changes`` sets further options wherever they occur."""
 
+    if isinstance(config, HiformerModel.Config):  # layer norms over 4 coordinates, many in a row, magnify every rounding
+        changes = {"dim": 8} | changes
+
     def walk(node: Any) -> Any:
         if isinstance(node, dict):
-            sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") == "FinalMLP" else {})
+            sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") in ("FinalMLP", "FTTransformer") else {})
             # Width 1 is what makes a table one of first-order weights.
             return {k: sizes[k] if k in sizes and (k, v) != ("dim", 1) else walk(v) for k, v in node.items()}
         return [walk(item) for item in node] if isinstance(node, list) else node

@@ -24,6 +24,7 @@ TWO_LABELS = replace(LAYOUT, labels=("click", "buy"))
 ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp"}
 ONE_LOGIT |= {"fgcnn_fm", "fgcnn_deepfm", "fwfm", "fmfm", "ffm", "hofm"}
 ONE_LOGIT |= {"cin", "xdeepfm", "fibinet", "fignn"}
+ONE_LOGIT |= {"final_net_1b", "final_net_2b"}
 
 
 def model(name: str, flavour: Flavour, layout: BatchLayout = LAYOUT, **changes: object) -> ModelComponent:
