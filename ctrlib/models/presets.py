@@ -22,34 +22,31 @@ from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.deep_crossing import DeepCrossing
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.ffm import FFM
 from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
-from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.ft_transformer import FTTransformer
 from ctrlib.interactions.gdcn import GatedCrossNet
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
-from ctrlib.interactions.ft_transformer import FTTransformer
-from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
-from ctrlib.models.ctr import CTRModel, Head, ModelComponent
-from ctrlib.models.final_mlp import FinalMLPModel
-from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.interactions.rank_mixer import RankMixer
 from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
+from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -388,6 +385,8 @@ def fignn(flavour: Flavour = "paper") -> CTRModel.Config:
         attention = AutoInt.Config(num_layers=1, num_heads=2, head_dim=8, scale=True, residual="none")
         interaction = Stack.Config(blocks=(attention, FiGNN.Config(), AttentionalScore.Config()))
     return _ctr(flavour, interaction)
+
+
 def hiformer(flavour: Flavour = "paper") -> HiformerModel.Config:
     """Attention of a task token over learned mixtures of all fields, of low rank and pruned: the production model."""
     # NOTE[DIFF] the hidden layers of the map of the numbers and of the tower are what the paper's parameter counts allow

@@ -18,21 +18,20 @@ from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.deep_crossing import DeepCrossing
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
+from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.ffm import FFM
 from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
-from ctrlib.interactions.euler_net import EulerNet
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.ft_transformer import FTTransformer
 from ctrlib.interactions.gdcn import GatedCrossNet
+from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
-from ctrlib.interactions.ft_transformer import FTTransformer
-from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
