@@ -8,9 +8,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from ctrlib.config import override
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import Experiment, RunConfig
 from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import DataError
 from ctrlib.training import FitConfig, Monitor, Precision
@@ -36,6 +38,11 @@ def data() -> Path:
     return out
 
 
+def fuxictr(name: str, options: Mapping[str, str]) -> ModelComponent.Config:
+    """A preset as the benchmark code has it, and the options that BARS tuned, as on the command line."""
+    return override(preset(name, "fuxictr"), options, COMPONENTS)
+
+
 def frappe(
     name: str,
     model: ModelComponent.Config,
@@ -44,12 +51,13 @@ def frappe(
     embedding_l2: float = 0.0,
     net_l2: float = 0.0,
     monitor: Monitor = "auc",
+    patience: int = 2,
     precision: Precision = "fp32",
     note: str = "",
 ) -> Experiment:
-    """An experiment with BARS' common settings: dense Adam 1e-3, batch 4096, patience 2, clipping at 10, 100 epochs."""
+    """An experiment with BARS' common settings: dense Adam 1e-3, batch 4096, clipping at 10, 100 epochs."""
     optimizer = OptimizerConfig(embedding="dense", embedding_l2=embedding_l2, net_l2=net_l2)
-    fit = FitConfig(optimizer=optimizer, monitor=monitor, precision=precision)
+    fit = FitConfig(optimizer=optimizer, monitor=monitor, patience=patience, precision=precision)
     return Experiment(
         name=f"frappe/{name}",
         config=RunConfig(model=model, fit=fit, batch_size=4096, ridge=0.0),

@@ -1,0 +1,16 @@
+"""The cross network of DCN-V2, alone, on Frappe_x1 with the settings of BARS."""
+
+from __future__ import annotations
+
+from ctrlib.experiment import Experiment
+from experiments.frappe.common import frappe, fuxictr
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return frappe(
+        "cross_net_v2",
+        fuxictr("cross_net_v2", {}),
+        embedding_l2=0.001,
+        published={"auc": 0.972914, "log_loss": 0.221563, "parameters": 94391},
+    )

@@ -1,0 +1,17 @@
+"""HOFM on Frappe_x1 with the settings of BARS."""
+
+from __future__ import annotations
+
+from ctrlib.experiment import Experiment
+from experiments.frappe.common import frappe, fuxictr
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return frappe(
+        "hofm",
+        fuxictr("hofm", {}),
+        embedding_l2=1e-06,
+        net_l2=1e-06,
+        published={"auc": 0.974228, "log_loss": 0.207269, "parameters": 113170},
+    )
