@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import Component, from_json, to_json
+from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.compose import Parallel, Stack
@@ -23,6 +24,7 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
+TABLE["ARMNet"] = ARMNet
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -44,6 +46,12 @@ CONFIGS: dict[str, Interaction.Config] = {
     "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SMALL), fusion="bilinear", num_heads=2),
     "final_mlp": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, fs_hidden_units=(8,), num_heads=2),
     "final_mlp_plain": FinalMLP.Config(mlp1=SMALL, mlp2=SMALL, use_fs=False, fusion="product"),
+    "arm_net": ARMNet.Config(num_heads=2, num_neurons=3),
+    "arm_net_15": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.5, scale=True, keep_fields=True, exponent_clip=5.0),
+    "arm_net_softmax": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.0, use_values=False),
+    "arm_net_bisection": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, bilinear="shared", key_dim=4),
+    "arm_net_learn_alpha": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, learn_alpha=True, bilinear="none"),
+    "arm_net_additive": ARMNet.Config(num_heads=2, num_neurons=3, gate="none", neuron="additive", norm=False),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

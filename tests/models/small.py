@@ -17,7 +17,7 @@ LAYOUT = BatchLayout(
     dense=(DenseColumn("price"), DenseColumn("age", 0, True), DenseColumn("time", 4, True)),
     sequences=(SequenceColumn("history", 12, "item", "mean", True),),
 )
-WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "dim": 4}
+WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "num_neurons": 4, "dim": 4}
 
 
 def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
