@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import Component, from_json, to_json
+from ctrlib.interactions.afm import AFM
+from ctrlib.interactions.afn import LogTransform
 from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
@@ -18,6 +20,7 @@ from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
@@ -25,6 +28,8 @@ TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
 TABLE["ARMNet"] = ARMNet
+TABLE["LogTransform"] = LogTransform
+TABLE |= {"AFM": AFM, "BiInteraction": BiInteraction}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -52,6 +57,11 @@ CONFIGS: dict[str, Interaction.Config] = {
     "arm_net_bisection": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, bilinear="shared", key_dim=4),
     "arm_net_learn_alpha": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, learn_alpha=True, bilinear="none"),
     "arm_net_additive": ARMNet.Config(num_heads=2, num_neurons=3, gate="none", neuron="additive", norm=False),
+    "log_transform": LogTransform.Config(num_neurons=5, eps=1e-4, bias=True),
+    "log_transform_plain": LogTransform.Config(num_neurons=5, eps=1e-2, norm=False),
+    "afm": AFM.Config(attention_dim=5, attention_dropout=0.2, dropout=0.2),
+    "bi_interaction": BiInteraction.Config(),
+    "bi_interaction_norm": BiInteraction.Config(norm=True, dropout=0.2),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
