@@ -3,7 +3,7 @@
 * ``paper``: the equations as printed; widths and depths that a paper tunes per data set are our choice.
 * ``fuxictr``: the benchmark code behind the published BARS numbers: dim 10, N(0, 1e-4²) embeddings, Xavier-normal layers,
   batch-normalised MLPs. Dropout, L2 and depths that BARS tuned per data set are in ``experiments/``.
-* ``official``: the authors' repository, for AutoInt, ARM-Net and AFN.
+* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN and InterHAt.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.nfm import BiInteraction
+from ctrlib.interactions.sam import SAM
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.ensemble import EnsembleModel
 from ctrlib.models.final_mlp import FinalMLPModel
@@ -208,6 +210,26 @@ def nfm(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, Stack.Config(blocks=(block, deep)), first_order=FirstOrder.Config(bias=False), dim=64)
 
 
+_INTERHAT: Mapping[Flavour, InterHAt.Config] = {
+    "paper": InterHAt.Config(),
+    "fuxictr": InterHAt.Config(num_heads=1, head_dim=10, order=2, output="if_needed"),
+    "official": InterHAt.Config(projections="relu", hidden_dim=8),
+}
+
+
+def interhat(flavour: Flavour = "paper") -> CTRModel.Config:
+    """A transformer layer, then attention over the fields order by order; heads and widths are our choice."""
+    # NOTE[DIFF] the authors' one hidden layer has no biases
+    mlp = _mlp(flavour, MLP.Config(hidden_units=(8,)))
+    return _ctr(flavour, Stack.Config(blocks=(_INTERHAT[flavour], mlp)), head=Head.Config())
+
+
+def sam(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Attention between fields without softmax; which of its five kinds and how many layers is our choice in ``paper``."""
+    block = SAM.Config(kind="sam2e") if flavour == "fuxictr" else SAM.Config(kind="sam3a", residual=True)
+    return _ctr(flavour, block, head=Head.Config())
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -236,6 +258,10 @@ PRESETS: Mapping[str, Preset] = {
     "afn_plus": Preset(afn_plus, "AFN and an MLP, mixed", "arXiv:1909.03276", ("paper", "fuxictr", "official")),
     "afm": Preset(afm, "FM with attention over the pairs", "arXiv:1708.04617"),
     "nfm": Preset(nfm, "MLP on the sum of all pairs of fields", "arXiv:1708.05027"),
+    "interhat": Preset(
+        interhat, "attention over fields, order by order", "doi:10.1145/3336191.3371785", ("paper", "fuxictr", "official")
+    ),
+    "sam": Preset(sam, "attention between fields without softmax", "arXiv:2105.05563"),
 }
 
 COMPONENTS: Table = {
@@ -260,6 +286,8 @@ COMPONENTS: Table = {
         LogTransform,
         AFM,
         BiInteraction,
+        InterHAt,
+        SAM,
     )
 }
 

@@ -18,9 +18,11 @@ from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
+from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.nfm import BiInteraction
+from ctrlib.interactions.sam import SAM
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
@@ -29,7 +31,7 @@ TABLE: dict[str, type[Component]] = {
 }
 TABLE["ARMNet"] = ARMNet
 TABLE["LogTransform"] = LogTransform
-TABLE |= {"AFM": AFM, "BiInteraction": BiInteraction}
+TABLE |= {"AFM": AFM, "BiInteraction": BiInteraction, "InterHAt": InterHAt, "SAM": SAM}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -62,6 +64,14 @@ CONFIGS: dict[str, Interaction.Config] = {
     "afm": AFM.Config(attention_dim=5, attention_dropout=0.2, dropout=0.2),
     "bi_interaction": BiInteraction.Config(),
     "bi_interaction_norm": BiInteraction.Config(norm=True, dropout=0.2),
+    "interhat": InterHAt.Config(num_heads=2, head_dim=4, hidden_dim=5, attention_dropout=0.2),
+    "interhat_official": InterHAt.Config(num_heads=2, head_dim=4, order=2, projections="relu"),
+    "interhat_fuxictr": InterHAt.Config(num_heads=1, head_dim=6, order=2, output="if_needed"),
+    "sam1": SAM.Config(kind="sam1", pooling="weighted"),
+    "sam2a": SAM.Config(kind="sam2a", dropout=0.2),
+    "sam2e": SAM.Config(kind="sam2e"),
+    "sam3a": SAM.Config(kind="sam3a", num_layers=2, residual=True, pooling="mean"),
+    "sam3e": SAM.Config(kind="sam3e", num_layers=2, residual=True),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
