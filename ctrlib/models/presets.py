@@ -16,11 +16,13 @@ from ctrlib.config import ConfigError, Table
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.afm import AFM
 from ctrlib.interactions.afn import LogTransform
+from ctrlib.interactions.aoanet import GeneralizedInteraction
 from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.interhat import InterHAt
@@ -230,6 +232,33 @@ def sam(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, block, head=Head.Config())
 
 
+def aoanet(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Generalized interaction network beside an MLP."""
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400)))
+    interaction = Parallel.Config(streams=(GeneralizedInteraction.Config(), deep), fusion="concat")
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
+_DESTINE: Mapping[Flavour, Destine.Config] = {
+    "paper": Destine.Config(),
+    "fuxictr": Destine.Config(head_dim=8, residual="each_layer", final_relu=False, attention_dropout=0.1),
+}
+
+
+def destine(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Self-attention of pairs and of single fields, with first-order weights; sizes in ``paper`` are our choice."""
+    interaction = Stack.Config(blocks=(_DESTINE[flavour], Linear.Config()))
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False))
+
+
+def destine_plus(flavour: Flavour = "paper") -> CTRModel.Config:
+    """DESTINE + an MLP on the same embedding, two layers of 400 as in the authors' code."""
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400), norm="batch"), output_dim=1)
+    attention = Stack.Config(blocks=(_DESTINE[flavour], Linear.Config()))
+    interaction = Parallel.Config(streams=(attention, deep), fusion="sum")
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False))
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -262,6 +291,9 @@ PRESETS: Mapping[str, Preset] = {
         interhat, "attention over fields, order by order", "doi:10.1145/3336191.3371785", ("paper", "fuxictr", "official")
     ),
     "sam": Preset(sam, "attention between fields without softmax", "arXiv:2105.05563"),
+    "aoanet": Preset(aoanet, "generalized interaction network beside an MLP", "doi:10.1145/3447548.3467133"),
+    "destine": Preset(destine, "self-attention of pairs and of single fields", "arXiv:2101.03654"),
+    "destine_plus": Preset(destine_plus, "DESTINE beside an MLP", "arXiv:2101.03654"),
 }
 
 COMPONENTS: Table = {
@@ -288,6 +320,8 @@ COMPONENTS: Table = {
         BiInteraction,
         InterHAt,
         SAM,
+        GeneralizedInteraction,
+        Destine,
     )
 }
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from ctrlib.config import Component, from_json, to_json
 from ctrlib.interactions.afm import AFM
 from ctrlib.interactions.afn import LogTransform
+from ctrlib.interactions.aoanet import GeneralizedInteraction
 from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.interhat import InterHAt
@@ -29,9 +31,10 @@ LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
 TABLE: dict[str, type[Component]] = {
     block.__name__: block for block in (AutoInt, CrossNet, CrossNetV2, FM, FinalMLP, FirstOrder, Linear, MLP, Parallel, Stack)
 }
-TABLE["ARMNet"] = ARMNet
-TABLE["LogTransform"] = LogTransform
-TABLE |= {"AFM": AFM, "BiInteraction": BiInteraction, "InterHAt": InterHAt, "SAM": SAM}
+TABLE |= {
+    block.__name__: block
+    for block in (AFM, ARMNet, BiInteraction, Destine, GeneralizedInteraction, InterHAt, LogTransform, SAM)
+}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 CONFIGS: dict[str, Interaction.Config] = {
@@ -72,6 +75,10 @@ CONFIGS: dict[str, Interaction.Config] = {
     "sam2e": SAM.Config(kind="sam2e"),
     "sam3a": SAM.Config(kind="sam3a", num_layers=2, residual=True, pooling="mean"),
     "sam3e": SAM.Config(kind="sam3e", num_layers=2, residual=True),
+    "generalized_interaction": GeneralizedInteraction.Config(num_layers=2, num_subspaces=3),
+    "destine": Destine.Config(head_dim=4, attention_dropout=0.2),
+    "destine_each_layer": Destine.Config(head_dim=4, residual="each_layer", scale=True, final_relu=False),
+    "destine_relu": Destine.Config(num_layers=1, head_dim=4, projection_activation="relu", residual="none", final_relu=False),
 }
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 

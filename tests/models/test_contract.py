@@ -21,7 +21,8 @@ from tests.models.small import LAYOUT, awake, make, rows, shrunk, take
 CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]
 every_model = pytest.mark.parametrize(("name", "flavour"), CASES)
 TWO_LABELS = replace(LAYOUT, labels=("click", "buy"))
-ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp", "afm", "nfm"}
+ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp"}
+ONE_LOGIT |= {"afm", "nfm", "destine", "destine_plus"}
 
 
 def model(name: str, flavour: Flavour, layout: BatchLayout = LAYOUT, **changes: object) -> ModelComponent:
