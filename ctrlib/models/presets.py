@@ -3,7 +3,7 @@
 * ``paper``: the equations as printed; widths and depths that a paper tunes per data set are our choice.
 * ``fuxictr``: the benchmark code behind the published BARS numbers: dim 10, N(0, 1e-4²) embeddings, Xavier-normal layers,
   batch-normalised MLPs. Dropout, L2 and depths that BARS tuned per data set are in ``experiments/``.
-* ``official``: the authors' repository, for AutoInt.
+* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN and InterHAt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Literal
 
 from ctrlib.config import ConfigError, Table
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.afm import AFM
+from ctrlib.interactions.afn import LogTransform
+from ctrlib.interactions.aoanet import GeneralizedInteraction
+from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
@@ -28,6 +32,8 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
@@ -36,13 +42,17 @@ from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
 from ctrlib.interactions.wukong import Wukong
+from ctrlib.interactions.nfm import BiInteraction
+from ctrlib.interactions.sam import SAM
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
+from ctrlib.models.ensemble import EnsembleModel
 from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
@@ -443,6 +453,117 @@ def euler_net(flavour: Flavour = "paper") -> CTRModel.Config:
     """Interactions of learned order in complex space. ``paper``: as released for Criteo; tuned per data set."""
     plain = EulerNet.Config(num_orders=(3,), norm=False, explicit_dropout=0.0, implicit_dropout=0.0)
     return _ctr(flavour, plain if flavour == "fuxictr" else EulerNet.Config(), head=Head.Config())
+def arm_net(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Exponential neurons over sparsely attended fields, then an MLP.
+
+    Heads, neurons, α and the MLP are those of the paper on Frappe, where it tunes them per data set. ``official`` is the later
+    state of the authors' repository: scores divided by √d, narrower MLPs.
+    """
+    # NOTE[DIFF] both have Xavier-uniform tables and numbers clamped to [0.001, 1]; here the embedding and the encoder decide.
+    block = ARMNet.Config(num_heads=8, num_neurons=32, alpha=2.0, scale=flavour == "official")
+    interaction = Stack.Config(blocks=(block, _arm_mlp(flavour)))
+    return replace(_ctr(flavour, interaction, head=Head.Config(), dim=10), weight_init="torch")
+
+
+def arm_net_plus(flavour: Flavour = "paper") -> EnsembleModel.Config:
+    """ARM-Net and an MLP on tables of their own, mixed; sizes as in ``arm_net``, those of the ensemble on Frappe."""
+    block = ARMNet.Config(num_heads=4, num_neurons=4, alpha=1.5, scale=flavour == "official")
+    return EnsembleModel.Config(
+        embedding=FeatureEmbedding.Config(dim=10),
+        interaction=Stack.Config(blocks=(block, _arm_mlp(flavour))),
+        deep=_arm_mlp(flavour),
+    )
+
+
+def _arm_mlp(flavour: Flavour) -> MLP.Config:
+    return MLP.Config(hidden_units=(256, 256) if flavour == "official" else (300, 300), norm="batch")
+
+
+_AFN: Mapping[Flavour, LogTransform.Config] = {
+    "paper": LogTransform.Config(),
+    "fuxictr": LogTransform.Config(eps=1e-5),
+    "official": LogTransform.Config(eps=1e-4, bias=True),
+}
+
+
+def afn(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Products of fields to learned powers, then an MLP.
+
+    The 600 neurons are those of the authors' code for Frappe; the paper tunes them per data set.
+    """
+    mlp = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400), norm="batch"))
+    return _ctr(flavour, Stack.Config(blocks=(_AFN[flavour], mlp)), head=Head.Config(), dim=10)
+
+
+def afn_plus(flavour: Flavour = "paper") -> EnsembleModel.Config:
+    """AFN and an MLP on tables of their own, mixed; sizes as in ``afn``."""
+    # NOTE[DIFF] the authors train each tower by a loss of its own; here, as in FuxiCTR, the mixture's loss trains all
+    single = afn(flavour)
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400), norm="batch"))
+    return EnsembleModel.Config(
+        embedding=single.embedding, weight_init=single.weight_init, interaction=single.interaction, deep=deep
+    )
+
+
+def afm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """FM whose pairs are weighed by attention; widths and dropout, which the paper tunes per data set, are our choice."""
+    block = AFM.Config(attention_dim=10) if flavour == "fuxictr" else AFM.Config(attention_dim=16, dropout=0.2)
+    interaction = Stack.Config(blocks=(block, Linear.Config(bias=False)))
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=True))
+
+
+def nfm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """An MLP on the sum of all pairs of fields; sizes and dropout, which the paper tunes per data set, are our choice."""
+    block = BiInteraction.Config() if flavour == "fuxictr" else BiInteraction.Config(norm=True, dropout=0.5)
+    deep = _mlp(flavour, MLP.Config(hidden_units=(64,), norm="batch", dropout=0.5), output_dim=1)
+    return _ctr(flavour, Stack.Config(blocks=(block, deep)), first_order=FirstOrder.Config(bias=False), dim=64)
+
+
+_INTERHAT: Mapping[Flavour, InterHAt.Config] = {
+    "paper": InterHAt.Config(),
+    "fuxictr": InterHAt.Config(num_heads=1, head_dim=10, order=2, output="if_needed"),
+    "official": InterHAt.Config(projections="relu", hidden_dim=8),
+}
+
+
+def interhat(flavour: Flavour = "paper") -> CTRModel.Config:
+    """A transformer layer, then attention over the fields order by order; heads and widths are our choice."""
+    # NOTE[DIFF] the authors' one hidden layer has no biases
+    mlp = _mlp(flavour, MLP.Config(hidden_units=(8,)))
+    return _ctr(flavour, Stack.Config(blocks=(_INTERHAT[flavour], mlp)), head=Head.Config())
+
+
+def sam(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Attention between fields without softmax; which of its five kinds and how many layers is our choice in ``paper``."""
+    block = SAM.Config(kind="sam2e") if flavour == "fuxictr" else SAM.Config(kind="sam3a", residual=True)
+    return _ctr(flavour, block, head=Head.Config())
+
+
+def aoanet(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Generalized interaction network beside an MLP."""
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400)))
+    interaction = Parallel.Config(streams=(GeneralizedInteraction.Config(), deep), fusion="concat")
+    return _ctr(flavour, interaction, head=Head.Config())
+
+
+_DESTINE: Mapping[Flavour, Destine.Config] = {
+    "paper": Destine.Config(),
+    "fuxictr": Destine.Config(head_dim=8, residual="each_layer", final_relu=False, attention_dropout=0.1),
+}
+
+
+def destine(flavour: Flavour = "paper") -> CTRModel.Config:
+    """Self-attention of pairs and of single fields, with first-order weights; sizes in ``paper`` are our choice."""
+    interaction = Stack.Config(blocks=(_DESTINE[flavour], Linear.Config()))
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False))
+
+
+def destine_plus(flavour: Flavour = "paper") -> CTRModel.Config:
+    """DESTINE + an MLP on the same embedding, two layers of 400 as in the authors' code."""
+    deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400), norm="batch"), output_dim=1)
+    attention = Stack.Config(blocks=(_DESTINE[flavour], Linear.Config()))
+    interaction = Parallel.Config(streams=(attention, deep), fusion="sum")
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False))
 
 
 @dataclass(frozen=True)
@@ -502,6 +623,19 @@ PRESETS: Mapping[str, Preset] = {
     "wukong": Preset(wukong, "stacked factorization machines", "arXiv:2403.02545", ("paper",)),
     "rank_mixer": Preset(rank_mixer, "token mixing and an FFN per token", "arXiv:2507.15551", ("paper",)),
     "euler_net": Preset(euler_net, "interactions of learned order in complex space", "arXiv:2304.10711"),
+    "arm_net": Preset(arm_net, "exponential neurons over sparsely attended fields", "arXiv:2107.01830", ("paper", "official")),
+    "arm_net_plus": Preset(arm_net_plus, "ARM-Net and an MLP, mixed", "arXiv:2107.01830", ("paper", "official")),
+    "afn": Preset(afn, "products of fields to learned powers", "arXiv:1909.03276", ("paper", "fuxictr", "official")),
+    "afn_plus": Preset(afn_plus, "AFN and an MLP, mixed", "arXiv:1909.03276", ("paper", "fuxictr", "official")),
+    "afm": Preset(afm, "FM with attention over the pairs", "arXiv:1708.04617"),
+    "nfm": Preset(nfm, "MLP on the sum of all pairs of fields", "arXiv:1708.05027"),
+    "interhat": Preset(
+        interhat, "attention over fields, order by order", "doi:10.1145/3336191.3371785", ("paper", "fuxictr", "official")
+    ),
+    "sam": Preset(sam, "attention between fields without softmax", "arXiv:2105.05563"),
+    "aoanet": Preset(aoanet, "generalized interaction network beside an MLP", "doi:10.1145/3447548.3467133"),
+    "destine": Preset(destine, "self-attention of pairs and of single fields", "arXiv:2101.03654"),
+    "destine_plus": Preset(destine_plus, "DESTINE beside an MLP", "arXiv:2101.03654"),
 }
 
 COMPONENTS: Table = {
@@ -553,6 +687,15 @@ COMPONENTS: Table = {
         Wukong,
         RankMixer,
         EulerNet,
+        ARMNet,
+        EnsembleModel,
+        LogTransform,
+        AFM,
+        BiInteraction,
+        InterHAt,
+        SAM,
+        GeneralizedInteraction,
+        Destine,
     )
 }
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import Component, from_json, to_json
+from ctrlib.interactions.afm import AFM
+from ctrlib.interactions.afn import LogTransform
+from ctrlib.interactions.aoanet import GeneralizedInteraction
+from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction, build
 from ctrlib.interactions.cin import CIN
@@ -24,6 +28,8 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
+from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
@@ -32,12 +38,15 @@ from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
 from ctrlib.interactions.wukong import Wukong
+from ctrlib.interactions.nfm import BiInteraction
+from ctrlib.interactions.sam import SAM
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
@@ -48,6 +57,10 @@ TABLE |= {block.__name__: block for block in (InnerProduct, OuterProduct, PIN, F
 TABLE |= {block.__name__: block for block in (CIN, CrossNetMix, GatedCrossNet, SENet, Bilinear, FiBiNET)}
 TABLE |= {block.__name__: block for block in (SerialMaskNet, ParallelMaskNet, EDCN, DeepCrossing, DotInteraction)}
 TABLE |= {block.__name__: block for block in (FiGNN, AttentionalScore)}
+TABLE |= {
+    block.__name__: block
+    for block in (AFM, ARMNet, BiInteraction, Destine, GeneralizedInteraction, InterHAt, LogTransform, SAM)
+}
 # No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
 SMALL = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
 FGCNN_SIZES: dict[str, Any] = {"kernel_heights": (3, 2), "channels": (2, 3), "pool_sizes": (2, 2), "new_maps": (2, 1)}
@@ -142,6 +155,29 @@ CONFIGS: dict[str, Interaction.Config] = {
     "rank_mixer": RankMixer.Config(num_tokens=5, token_dim=10, ffn_factor=2, dropout=0.1),
     "euler_net": EulerNet.Config(num_orders=(4, 3)),
     "euler_net_plain": EulerNet.Config(num_orders=(3,), norm=False),
+    "arm_net": ARMNet.Config(num_heads=2, num_neurons=3),
+    "arm_net_15": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.5, scale=True, keep_fields=True, exponent_clip=5.0),
+    "arm_net_softmax": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.0, use_values=False),
+    "arm_net_bisection": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, bilinear="shared", key_dim=4),
+    "arm_net_learn_alpha": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, learn_alpha=True, bilinear="none"),
+    "arm_net_additive": ARMNet.Config(num_heads=2, num_neurons=3, gate="none", neuron="additive", norm=False),
+    "log_transform": LogTransform.Config(num_neurons=5, eps=1e-4, bias=True),
+    "log_transform_plain": LogTransform.Config(num_neurons=5, eps=1e-2, norm=False),
+    "afm": AFM.Config(attention_dim=5, attention_dropout=0.2, dropout=0.2),
+    "bi_interaction": BiInteraction.Config(),
+    "bi_interaction_norm": BiInteraction.Config(norm=True, dropout=0.2),
+    "interhat": InterHAt.Config(num_heads=2, head_dim=4, hidden_dim=5, attention_dropout=0.2),
+    "interhat_official": InterHAt.Config(num_heads=2, head_dim=4, order=2, projections="relu"),
+    "interhat_fuxictr": InterHAt.Config(num_heads=1, head_dim=6, order=2, output="if_needed"),
+    "sam1": SAM.Config(kind="sam1", pooling="weighted"),
+    "sam2a": SAM.Config(kind="sam2a", dropout=0.2),
+    "sam2e": SAM.Config(kind="sam2e"),
+    "sam3a": SAM.Config(kind="sam3a", num_layers=2, residual=True, pooling="mean"),
+    "sam3e": SAM.Config(kind="sam3e", num_layers=2, residual=True),
+    "generalized_interaction": GeneralizedInteraction.Config(num_layers=2, num_subspaces=3),
+    "destine": Destine.Config(head_dim=4, attention_dropout=0.2),
+    "destine_each_layer": Destine.Config(head_dim=4, residual="each_layer", scale=True, final_relu=False),
+    "destine_relu": Destine.Config(num_layers=1, head_dim=4, projection_activation="relu", residual="none", final_relu=False),
 }
 TABLE |= {block.__name__: block for block in (Hiformer, FactorizedMLP, FinalNet, FTTransformer, Wukong, RankMixer, EulerNet)}
 every_block = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -79,6 +79,7 @@ def test_flavours_differ_where_the_publications_do() -> None:
         configs = [preset(name, flavour) for flavour in PRESETS[name].flavours]
         assert all(a != b for i, a in enumerate(configs) for b in configs[:i]), name
     for name in [name for name, p in PRESETS.items() if "fuxictr" in p.flavours]:
+    for name in (name for name, p in PRESETS.items() if "fuxictr" in p.flavours):
         fuxictr = preset(name, "fuxictr")
         assert fuxictr.weight_init == "xavier_normal"
         assert fuxictr.embedding.init_std == 1e-4
@@ -143,3 +144,48 @@ def test_options_by_path() -> None:
     assert changed["interaction"]["streams"][1]["dropout"] == 0.1
     assert changed["embedding"]["dims"] == {"user": 4}
     build_model(config, LAYOUT)
+
+
+# Fields, then of ARM-Net and of ARM-Net+: heads, neurons per head, α; depth and width of all MLPs.
+ARM_NET = {
+    "frappe": (10, (8, 32, 2.0), (4, 4, 1.5), (300, 300), (866_533, 262_957, 122_101)),
+    "movielens": (3, (1, 16, 2.0), (1, 8, 2.5), (300, 300), (140_441, 217_425, 101_101)),
+    "avazu": (22, (1, 32, 1.5), (8, 8, 2.0), (200, 200, 200), (147_189, 338_981, 126_001)),
+    "criteo": (39, (4, 64, 2.0), (4, 32, 2.0), (500, 500), (1_546_957, 1_348_933, 448_501)),
+    "diabetes": (43, (32, 1, 1.7), (8, 64, 1.5), (300,), (102_161, 1_696_365, 130_201)),
+}
+
+
+@pytest.mark.parametrize("data", ARM_NET)
+def test_arm_net_has_the_parameters_of_its_paper(data: str) -> None:
+    """Table 2: ARM-Net, ARM-Net+ and the DNN, without tables."""
+    num_fields, single, ensemble, hidden, published = ARM_NET[data]
+    layout = BatchLayout(tuple(SparseColumn(f"C{i}", 3, f"C{i}") for i in range(num_fields)))
+    counts = []
+    for name, (heads, neurons, alpha) in (("arm_net", single), ("arm_net_plus", ensemble)):
+        options = {"num_heads": heads, "num_neurons": neurons, "alpha": alpha}
+        changes = {f"interaction.blocks.0.{key}": str(value) for key, value in options.items()}
+        changes["interaction.blocks.1.hidden_units"] = json.dumps(hidden)
+        if name == "arm_net_plus":
+            changes["deep.hidden_units"] = json.dumps(hidden)
+        counts.append(count(build_model(override(preset(name), changes, COMPONENTS), layout)))
+    dnn = override(preset("dnn"), {"interaction.hidden_units": json.dumps(hidden), "interaction.norm": "batch"}, COMPONENTS)
+    counts.append(count(build_model(override(dnn, {"embedding.dim": "10"}, COMPONENTS), layout)))
+    assert tuple(counts) == published
+    if data == "frappe":
+        assert counts[:2] == [count(build_model(preset(name), layout)) for name in ("arm_net", "arm_net_plus")]
+
+
+def count(model: ModelComponent) -> int:
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return sum(p.numel() for p in model.parameters()) - tables
+
+
+@pytest.mark.parametrize(("dim", "published"), [(10, 177_421), (100, 953_221)])
+def test_arm_net_of_one_head_has_the_parameters_of_its_readme(dim: int, published: int) -> None:
+    """Ten neurons behind one shared matrix, two layers of 300, on 5,500 values of Frappe, the table included."""
+    layout = BatchLayout(tuple(SparseColumn(f"C{i}", 550, f"C{i}") for i in range(10)))
+    options = {"num_heads": "1", "num_neurons": "10", "bilinear": "shared", "scale": "true", "alpha": "1.7"}
+    changes = {f"interaction.blocks.0.{name}": value for name, value in options.items()} | {"embedding.dim": str(dim)}
+    model = build_model(override(preset("arm_net"), changes, COMPONENTS), layout)
+    assert sum(p.numel() for p in model.parameters()) == published
