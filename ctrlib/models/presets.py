@@ -24,6 +24,7 @@ from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.euler_net import EulerNet
@@ -32,8 +33,6 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
-from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
@@ -46,11 +45,11 @@ from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
-from ctrlib.interactions.wukong import Wukong
-from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.interactions.sam import SAM
+from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.ensemble import EnsembleModel
 from ctrlib.models.final_mlp import FinalMLPModel
@@ -453,6 +452,8 @@ def euler_net(flavour: Flavour = "paper") -> CTRModel.Config:
     """Interactions of learned order in complex space. ``paper``: as released for Criteo; tuned per data set."""
     plain = EulerNet.Config(num_orders=(3,), norm=False, explicit_dropout=0.0, implicit_dropout=0.0)
     return _ctr(flavour, plain if flavour == "fuxictr" else EulerNet.Config(), head=Head.Config())
+
+
 def arm_net(flavour: Flavour = "paper") -> CTRModel.Config:
     """Exponential neurons over sparsely attended fields, then an MLP.
 

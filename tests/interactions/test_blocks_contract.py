@@ -20,6 +20,7 @@ from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.interactions.deep_crossing import DeepCrossing
+from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.interactions.edcn import EDCN
 from ctrlib.interactions.euler_net import EulerNet
@@ -28,8 +29,6 @@ from ctrlib.interactions.fgcnn import FGCNN
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fignn import AttentionalScore, FiGNN
-from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
-from ctrlib.interactions.destine import Destine
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.interactions.final_net import FactorizedMLP, FinalNet
 from ctrlib.interactions.fm import FM
@@ -42,11 +41,11 @@ from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.interactions.mask_net import ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
-from ctrlib.interactions.wukong import Wukong
-from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.interactions.sam import SAM
+from ctrlib.interactions.wukong import Wukong
 from ctrlib.schema import FieldLayout
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)

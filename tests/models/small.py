@@ -18,10 +18,9 @@ LAYOUT = BatchLayout(
     dense=(DenseColumn("price"), DenseColumn("age", 0, True), DenseColumn("time", 4, True)),
     sequences=(SequenceColumn("history", 12, "item", "mean", True),),
 )
-WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "dim": 4}
+WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "num_neurons": 4, "dim": 4}
 WIDTHS |= {"key_dim": 4, "value_dim": 3, "rank_key": 5, "rank_value": 6}
 WIDTHS |= {"num_tokens": 4, "token_dim": 8, "num_fmb": 3, "num_lcb": 4, "fm_rank": 3, "num_orders": [5, 3]}
-WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "num_neurons": 4, "dim": 4}
 
 
 def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:

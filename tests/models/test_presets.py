@@ -79,7 +79,6 @@ def test_flavours_differ_where_the_publications_do() -> None:
         configs = [preset(name, flavour) for flavour in PRESETS[name].flavours]
         assert all(a != b for i, a in enumerate(configs) for b in configs[:i]), name
     for name in [name for name, p in PRESETS.items() if "fuxictr" in p.flavours]:
-    for name in (name for name, p in PRESETS.items() if "fuxictr" in p.flavours):
         fuxictr = preset(name, "fuxictr")
         assert fuxictr.weight_init == "xavier_normal"
         assert fuxictr.embedding.init_std == 1e-4

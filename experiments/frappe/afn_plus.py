@@ -1,0 +1,26 @@
+"""AFN+ on Frappe_x1 with the settings of BARS."""
+
+from __future__ import annotations
+
+from ctrlib.experiment import Experiment
+from experiments.frappe.common import frappe, fuxictr
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return frappe(
+        "afn_plus",
+        fuxictr(
+            "afn_plus",
+            {
+                "interaction.blocks.0.num_neurons": "1000",
+                "interaction.blocks.1.hidden_units": "400",
+                "interaction.blocks.1.norm": "none",
+                "interaction.blocks.1.dropout": "0.4",
+                "deep.norm": "none",
+                "deep.dropout": "0.2",
+            },
+        ),
+        embedding_l2=0.001,
+        published={"auc": 0.982563, "log_loss": 0.213933, "parameters": 4482205},
+    )
