@@ -15,7 +15,11 @@ def experiment() -> Experiment:
     options = {f"interaction.blocks.0.{name}": value for name, value in OPTIONS.items()}
     return frappe(
         "arm_net",
-        override(preset("arm_net", "official"), {**options, "embedding.dim": "10"}, COMPONENTS),
+        override(
+            preset("arm_net", "official"),
+            {**options, "interaction.blocks.1.hidden_units": "300,300", "embedding.dim": "10"},
+            COMPONENTS,
+        ),
         published={"auc": 0.9777, "parameters": 177421},
         note="published for other splits of the same rows",
     )
