@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.config import fraction, positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import Pairs, check_pairs
 from ctrlib.schema import FieldLayout
 
 
@@ -42,22 +42,18 @@ class AFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        if layout.num_fields < 2:
-            raise ConfigError(f"AFM pairs fields, but its input has only one ({layout.names[0]}); expected at least two")
-        self.first_P: Tensor
-        self.second_P: Tensor
-        first_P, second_P = torch.triu_indices(layout.num_fields, layout.num_fields, offset=1)
-        self.register_buffer("first_P", first_P, persistent=False)
-        self.register_buffer("second_P", second_P, persistent=False)
+        check_pairs("AFM", layout)
+        self.pairs = Pairs(layout.num_fields)
         self.hidden = nn.Linear(layout.dim, config.attention_dim)
         self.score = nn.Linear(config.attention_dim, 1, bias=False)
         self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.out = FieldLayout(("afm",), layout.dim)
 
-    def pairs(self, x_BFD: Tensor) -> Tensor:
-        """[B, F, D] → products of all pairs [B, P, D], P = F (F − 1) / 2, ordered (0, 1), (0, 2), …, (1, 2), …"""
-        return x_BFD.index_select(1, self.first_P) * x_BFD.index_select(1, self.second_P)
+    def products(self, x_BFD: Tensor) -> Tensor:
+        """[B, F, D] → x_i ⊙ x_j of all pairs [B, P, D]."""
+        left_BPD, right_BPD = self.pairs(x_BFD)
+        return left_BPD * right_BPD
 
     def attention(self, pairs_BPD: Tensor) -> Tensor:
         """[B, P, D] → weights [B, P]; each row sums to 1."""
@@ -65,13 +61,13 @@ class AFM(Interaction):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, D]."""
-        pairs_BPD = self.pairs(x_BFD)
+        pairs_BPD = self.products(x_BFD)
         attention_B1P = self.attention_dropout(self.attention(pairs_BPD)).unsqueeze(1)
         return cast(Tensor, self.dropout(attention_B1P.to(pairs_BPD.dtype) @ pairs_BPD))
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"attention"`` [B, F, F], before dropout: entry (i, j) with i < j is the weight of that pair, the rest is 0."""
-        attention_BP = self.attention(self.pairs(x_BFD))
+        attention_BP = self.attention(self.products(x_BFD))
         shown_BFF = attention_BP.new_zeros(len(x_BFD), x_BFD.shape[1], x_BFD.shape[1])
-        shown_BFF[:, self.first_P, self.second_P] = attention_BP
+        shown_BFF[:, self.pairs.left, self.pairs.right] = attention_BP
         return {"attention": shown_BFF}

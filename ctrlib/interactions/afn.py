@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class LogTransform(Interaction):
         num_neurons: int = 600
         eps: float = 1e-7
         bias: bool = False
-        norm: bool = True
+        norm: Literal["none", "batch"] = "batch"
 
         def __post_init__(self) -> None:
             positive("LogTransform.num_neurons", self.num_neurons)
@@ -51,8 +51,8 @@ class LogTransform(Interaction):
         # NOTE[DIFF] the bias and this start are of the authors' code; FuxiCTR starts the powers Xavier-normal.
         self.orders_LF = nn.Parameter(torch.empty(config.num_neurons, layout.num_fields).normal_(std=0.1))
         self.bias_L = nn.Parameter(torch.zeros(config.num_neurons)) if config.bias else None
-        self.norm_log = nn.BatchNorm1d(layout.num_fields) if config.norm else None
-        self.norm_exp = nn.BatchNorm1d(config.num_neurons) if config.norm else None
+        self.norm_log = nn.BatchNorm1d(layout.num_fields) if config.norm == "batch" else None
+        self.norm_exp = nn.BatchNorm1d(config.num_neurons) if config.norm == "batch" else None
         self.out = FieldLayout(tuple(f"log_{j}" for j in range(config.num_neurons)), layout.dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class ARMNet(Interaction):
         gate: Literal["entmax", "none"] = "entmax"
         use_values: bool = True
         neuron: Literal["exp", "additive"] = "exp"
-        norm: bool = True
+        norm: Literal["none", "batch"] = "batch"
         exponent_clip: float | None = None
         keep_fields: bool = False
 
@@ -100,7 +100,7 @@ class ARMNet(Interaction):
         self.value = _xavier(heads, neurons, layout.num_fields, single) if config.use_values else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(config.alpha - 1))) if config.learn_alpha else None
         # NOTE[DIFF] the normalisation is not in the paper's text, but in its code and in its parameter counts
-        self.norm = nn.BatchNorm1d(heads * neurons) if config.norm else None
+        self.norm = nn.BatchNorm1d(heads * neurons) if config.norm == "batch" else None
         self.alpha = config.alpha
         # NOTE[DIFF] later versions of the code divide, the paper does not
         self.scale = 1 / math.sqrt(key_dim) if config.scale else None

@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,14 +135,14 @@ class InteractingLayer(nn.Module):
     def heads(self, y_BFA: Tensor) -> Tensor:
         """[B, F, A] → [B, H, F, A/H]."""
         if self.split_columns:
-            return y_BFA.view(*y_BFA.shape[:-1], self.num_heads, -1).transpose(1, 2)
+            return torch.unflatten(y_BFA, -1, (self.num_heads, -1)).transpose(1, 2)
         # NOTE[DIFF] FuxiCTR 1 reshapes without the transpose, so a head mixes pieces of neighbouring fields
-        return y_BFA.view(y_BFA.shape[0], self.num_heads, y_BFA.shape[1], -1)
+        return torch.unflatten(y_BFA.flatten(1), 1, (self.num_heads, y_BFA.shape[1], -1))
 
     def merge(self, y_BHFd: Tensor) -> Tensor:
         """[B, H, F, A/H] → [B, F, A], the inverse of :meth:`heads`."""
         y_BFHd = y_BHFd.transpose(1, 2) if self.split_columns else y_BHFd
-        return y_BFHd.reshape(y_BHFd.shape[0], y_BHFd.shape[2], -1)
+        return torch.unflatten(y_BFHd.flatten(1), 1, (y_BHFd.shape[2], -1))
 
     def attention(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → weights [B, H, F, F]; each row sums to 1."""

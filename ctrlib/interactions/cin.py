@@ -52,7 +52,7 @@ class CIN(Interaction):
             nn.Linear(before * layout.num_fields, after, bias=config.bias)  # NOTE[DIFF] the bias is FuxiCTR, not the paper
             for before, after in pairwise(widths)
         )
-        self.activation = nn.Identity() if config.activation == "none" else ACTIVATIONS[config.activation]()
+        self.activation = ACTIVATIONS[config.activation]()
         self.out = FieldLayout(("cin",), sum(config.hidden_units))
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -181,10 +181,9 @@ class LowRankExperts(nn.Module):
         self.down = nn.Parameter(std * torch.randn(width, inner))
         self.up = nn.Parameter(std * torch.randn(inner, width))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.activation: nn.Module = nn.Identity()
+        self.activation = ACTIVATIONS[config.activation]()
         self.within: nn.Parameter | None = None
         if config.activation != "none":
-            self.activation = ACTIVATIONS[config.activation]()
             self.within = nn.Parameter(torch.randn(config.num_experts, config.rank, config.rank) / math.sqrt(config.rank))
 
     def forward(self, x_BN: Tensor, gates_BK: Tensor) -> Tensor:

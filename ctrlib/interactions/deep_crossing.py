@@ -66,7 +66,7 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.first = nn.Linear(width, hidden)
         self.second = nn.Linear(hidden, width)
-        self.activation = nn.Identity() if config.activation == "none" else ACTIVATIONS[config.activation]()
+        self.activation = ACTIVATIONS[config.activation]()
         self.norm = nn.BatchNorm1d(width) if config.norm == "batch" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.config import fraction, positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
 
@@ -61,8 +63,7 @@ class Destine(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        if layout.num_fields < 2:
-            raise ConfigError(f"Destine relates fields, but its input has only one ({layout.names[0]}); expected at least two")
+        check_pairs("Destine", layout)
         width = config.num_heads * config.head_dim
         widths = [layout.dim] + [width] * (config.num_layers - 1)
         self.layers = nn.ModuleList(DisentangledLayer(config, width_in) for width_in in widths)
@@ -112,7 +113,7 @@ class DisentangledLayer(nn.Module):
         """[B, F, D] → projected [B, H, F, A/H]."""
         y_BFA = cast(Tensor, linear(x_BFD))
         y_BFA = y_BFA.relu() if self.relu_projections else y_BFA
-        return y_BFA.view(*y_BFA.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        return torch.unflatten(y_BFA, -1, (self.num_heads, -1)).transpose(1, 2)
 
     def attention(self, x_BFD: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F, D] → pairs [B, H, F, F] and unary [B, H, F]."""

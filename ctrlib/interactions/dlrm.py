@@ -4,7 +4,6 @@ arXiv:1906.00091)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from ctrlib.config import ConfigError, positive
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import MLP
+from ctrlib.interactions.pairs import PairProducts
 from ctrlib.schema import FieldLayout, suggest
 
 
@@ -50,7 +50,6 @@ class DotInteraction(Interaction):
 
     bottom_index: Tensor
     other_index: Tensor
-    pair_index: Tensor
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         """
@@ -72,9 +71,8 @@ class DotInteraction(Interaction):
         bottom_index = [layout.names.index(name) for name in config.bottom_fields]
         self.register_buffer("bottom_index", torch.tensor(bottom_index, dtype=torch.int64), persistent=False)
         self.register_buffer("other_index", torch.tensor(others, dtype=torch.int64), persistent=False)
-        pair_index = [i * count + j for i, j in combinations(range(count), 2)]
-        self.register_buffer("pair_index", torch.tensor(pair_index), persistent=False)
-        self.out = FieldLayout(("dots",), len(pair_index) + (layout.dim if config.bottom_fields else 0))
+        self.products = PairProducts(count)
+        self.out = FieldLayout(("dots",), count * (count - 1) // 2 + (layout.dim if config.bottom_fields else 0))
 
     def vectors(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → z [B, K+1, D], the bottom's output first; x itself without bottom fields."""
@@ -86,7 +84,7 @@ class DotInteraction(Interaction):
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, width]."""
         z_BKD = self.vectors(x_BFD)
-        dots_BP = (z_BKD @ z_BKD.transpose(1, 2)).flatten(1).index_select(1, self.pair_index)
+        dots_BP = self.products(z_BKD)
         return (dots_BP if self.bottom is None else torch.cat([z_BKD[:, 0], dots_BP], dim=-1)).unsqueeze(1)
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:

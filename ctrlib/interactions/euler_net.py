@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class EulerNet(Interaction):
 
         Attributes:
             num_orders: n of each layer.
-            norm: normalise real and imaginary parts after every layer.
+            norm: of the real and of the imaginary parts after every layer.
             explicit_dropout: on λ and θ.
             implicit_dropout: on Re z and Im z before W.
 
@@ -46,7 +46,7 @@ class EulerNet(Interaction):
         """
 
         num_orders: tuple[int, ...] = (39, 39)
-        norm: bool = True
+        norm: Literal["none", "layer"] = "layer"
         explicit_dropout: float = 0.1
         implicit_dropout: float = 0.2
 
@@ -89,8 +89,8 @@ class EulerLayer(nn.Module):
         self.bias_phase = nn.Parameter(0.01 * torch.randn(count_out, width))
         self.implicit = nn.Linear(count_in * width, count_out * width)
         nn.init.xavier_uniform_(self.implicit.weight)
-        self.norm_re = nn.LayerNorm(width) if config.norm else nn.Identity()
-        self.norm_im = nn.LayerNorm(width) if config.norm else nn.Identity()
+        self.norm_re = nn.LayerNorm(width) if config.norm == "layer" else nn.Identity()
+        self.norm_im = nn.LayerNorm(width) if config.norm == "layer" else nn.Identity()
         self.explicit_dropout = nn.Dropout(config.explicit_dropout)
         self.implicit_dropout = nn.Dropout(config.implicit_dropout)
 

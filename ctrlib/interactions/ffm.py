@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.inner_product import pair_names
+from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
 
@@ -30,7 +30,7 @@ class FFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        pair_names(layout, "FFM")  # refuses a single field
+        check_pairs("FFM", layout)
         width_of_one("FFM", layout, layout.num_fields - 1, "others")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, positive
 from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.mlp import ACTIVATIONS, Activation
+from ctrlib.interactions.mlp import ACTIVATIONS, Activation, after_linear
 from ctrlib.schema import FieldLayout
 
 
@@ -22,7 +22,7 @@ class FGCNN(Interaction):
         Xⁱ = maxpool(Cⁱ)                p_i rows into one; H_i = ⌈H_{i-1} / p_i⌉
         Rⁱ = tanh(BN(W vec(Xⁱ) + b))    "recombination" into m_r maps: N_i = H_i·m_r fields of width k
 
-    Shape: [B, F, k] → [B, F + ΣN_i, k], generated fields ``"fgcnn/i/j"``. Neighbours among the fields matter: a kernel sees h_i
+    Shape: [B, F, k] → [B, F + ΣN_i, k], generated fields ``"fgcnn_i_j"``. Neighbours among the fields matter: a kernel sees h_i
     of them. Parameters of a layer: h·m_c'·m_c + (H·k)²·m_c·m_r + H·k·m_r, and two per map and per unit for the norms.
 
     The paper gives the generator an embedding table of its own. With ``share_embedding=False`` the block reads both side by
@@ -127,7 +127,7 @@ class FGCNN(Interaction):
             for width, count in zip(widths, counts, strict=False)
             if config.recombine
         )
-        generated = tuple(f"fgcnn/{i}/{j}" for i, count in enumerate(counts) for j in range(count))
+        generated = tuple(f"fgcnn_{i}_{j}" for i, count in enumerate(counts) for j in range(count))
         self.num_generated = len(generated)
         self.out = FieldLayout((layout.names if config.use_raw else ()) + generated, self.dim)
 
@@ -196,8 +196,7 @@ def _convolution(config: FGCNN.Config, i: int, rows: int) -> nn.Sequential:
     layers.append(conv)
     if has_norm:
         layers.append(nn.BatchNorm2d(outputs))
-    if config.activation != "none":
-        layers.append(ACTIVATIONS[config.activation]())
+    layers.append(ACTIVATIONS[config.activation]())
     if config.pool_pad == "start" and config.pooling == "ceil" and rows % size:
         layers.append(nn.ConstantPad2d((0, 0, size - rows % size, 0), -torch.inf))
     layers.append(nn.MaxPool2d((size, 1), ceil_mode=config.pooling == "ceil"))
@@ -209,9 +208,4 @@ def _recombination(config: FGCNN.Config, inputs: int, outputs: int) -> nn.Sequen
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
-    layers: list[nn.Module] = [linear]
-    if config.recombine_norm == "batch":
-        layers.append(nn.BatchNorm1d(outputs))
-    if config.activation != "none":
-        layers.append(ACTIVATIONS[config.activation]())
-    return nn.Sequential(*layers)
+    return nn.Sequential(linear, *after_linear(outputs, norm=config.recombine_norm, activation=config.activation))

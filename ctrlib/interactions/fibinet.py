@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ctrlib.config import ConfigError, positive
+from ctrlib.config import positive
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import ACTIVATIONS, Activation
+from ctrlib.interactions.pairs import Pairs, pair_names
 from ctrlib.schema import FieldLayout
 
 
@@ -49,9 +49,7 @@ class SENet(Interaction):
         reduced = max(1, int(layout.num_fields / config.reduction_ratio))
         layers: list[nn.Module] = []
         for width_in, width_out in ((layout.num_fields, reduced), (reduced, layout.num_fields)):
-            layers.append(nn.Linear(width_in, width_out, bias=False))
-            if config.activation != "none":
-                layers.append(ACTIVATIONS[config.activation]())
+            layers += [nn.Linear(width_in, width_out, bias=False), ACTIVATIONS[config.activation]()]
         self.excitation = nn.Sequential(*layers)
         self.out = layout
 
@@ -83,39 +81,29 @@ class Bilinear(Interaction):
 
         kind: Literal["field_all", "field_each", "field_interaction"] = "field_interaction"
 
-    left: Tensor
-    right: Tensor
-
     def __init__(self, config: Config, layout: FieldLayout) -> None:
-        """
-        Raises:
-            ConfigError: fewer than two fields.
-        """
         super().__init__()
-        pairs = list(combinations(range(layout.num_fields), 2))
-        if not pairs:
-            raise ConfigError(f"Bilinear takes pairs of fields, but there is only {layout.names[0]!r}; give it two or more")
+        names = pair_names("Bilinear", layout)
         self.kind = config.kind
         # NOTE[DIFF] F−1 matrices for field_each where released code has F: the last field is never on the left.
-        count = {"field_all": 1, "field_each": layout.num_fields - 1, "field_interaction": len(pairs)}[config.kind]
+        count = {"field_all": 1, "field_each": layout.num_fields - 1, "field_interaction": len(names)}[config.kind]
         # Xavier normal matrix by matrix; FuxiCTR 2 computes it from the whole stack, and so starts smaller.
         self.weight = nn.Parameter(torch.randn(count, layout.dim, layout.dim) / math.sqrt(layout.dim))
-        self.register_buffer("left", torch.tensor([i for i, _ in pairs]), persistent=False)
-        self.register_buffer("right", torch.tensor([j for _, j in pairs]), persistent=False)
-        self.out = FieldLayout(tuple(f"{layout.names[i]}*{layout.names[j]}" for i, j in pairs), layout.dim)
+        self.pairs = Pairs(layout.num_fields)
+        self.out = FieldLayout(names, layout.dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F(F−1)/2, D]."""
-        right_BPD = x_BFD.index_select(1, self.right)
+        right_BPD = x_BFD.index_select(1, self.pairs.right)
         if self.kind == "field_interaction":
             # Pairs first: one small matmul per pair, each of rows that lie side by side.
-            left_PBD = x_BFD.transpose(0, 1).contiguous().index_select(0, self.left)
+            left_PBD = x_BFD.transpose(0, 1).contiguous().index_select(0, self.pairs.left)
             return (left_PBD @ self.weight.mT).transpose(0, 1) * right_BPD
         if self.kind == "field_each":
             moved_BFD = torch.einsum("bfd,fed->bfe", x_BFD[:, :-1], self.weight)
         else:
             moved_BFD = x_BFD @ self.weight[0].T
-        return moved_BFD.index_select(1, self.left) * right_BPD
+        return moved_BFD.index_select(1, self.pairs.left) * right_BPD
 
 
 class FiBiNET(Interaction):
@@ -133,18 +121,18 @@ class FiBiNET(Interaction):
         Attributes:
             senet: the weights of the fields.
             bilinear: the products, of one kind for both inputs.
-            shared: one set of matrices for both inputs, as in FuxiCTR 1 (behind the BARS numbers) and DeepCTR.
+            share_bilinear: one set of matrices for both inputs, as in FuxiCTR 1 (behind the BARS numbers) and DeepCTR.
         """
 
         senet: SENet.Config = field(default_factory=SENet.Config)
         bilinear: Bilinear.Config = field(default_factory=Bilinear.Config)
-        shared: bool = False
+        share_bilinear: bool = False
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         self.senet = SENet(config.senet, layout)
         self.bilinear = Bilinear(config.bilinear, layout)
-        self.bilinear_senet = None if config.shared else Bilinear(config.bilinear, layout)
+        self.bilinear_senet = None if config.share_bilinear else Bilinear(config.bilinear, layout)
         names = self.bilinear.out.names
         self.out = FieldLayout((*names, *(f"senet:{name}" for name in names)), layout.dim)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.inner_product import PairKernel, PairProducts, pair_names
+from ctrlib.interactions.pairs import PairKernel, PairProducts, check_pairs, pair_names
 from ctrlib.schema import FieldLayout
 
 
@@ -41,14 +41,14 @@ class FwFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        names = pair_names(layout, "FwFM")
+        names = pair_names("FwFM", layout)
         self.two_vectors = config.linear == "value"
         if self.two_vectors and layout.dim % 2:
             raise ConfigError(
                 f"FwFM.linear is 'value', so every value has two vectors side by side, but the width is {layout.dim}; use a "
                 "MultiVectorModel with vectors=2, or an even width"
             )
-        self.products = PairProducts(layout)
+        self.products = PairProducts(layout.num_fields)
         self.strength = nn.Linear(len(names), 1, bias=config.bias)
         self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None
         self.out = FieldLayout(("fwfm",), 1)
@@ -87,13 +87,13 @@ class FmFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        pair_names(layout, "FmFM")  # refuses a single field
+        check_pairs("FmFM", layout)
         self.kernel = PairKernel(config.kernel, layout)
         self.out = FieldLayout(("fmfm",), 1)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
-        return cast(Tensor, self.kernel(x_BFD)).sum(dim=1, keepdim=True).unsqueeze(1)
+        return self.kernel(x_BFD).sum(dim=1, keepdim=True).unsqueeze(1)
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, v_iᵀ M_ij v_j."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctrlib.config import ConfigError, positive
+from ctrlib.config import positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
 
@@ -52,13 +53,8 @@ class FiGNN(Interaction):
     diagonal: Tensor
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
-        """
-        Raises:
-            ConfigError: fewer than two fields.
-        """
         super().__init__()
-        if layout.num_fields < 2:
-            raise ConfigError(f"FiGNN takes a graph of fields, but there is only {layout.names[0]!r}; give it two or more")
+        check_pairs("FiGNN", layout)
         self.num_layers = config.num_layers
         self.residual = config.residual
         self.attention = nn.Linear(2 * layout.dim, 1, bias=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
 from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.mlp import ACTIVATIONS, Activation
+from ctrlib.interactions.mlp import Activation, Norm, after_linear
 from ctrlib.schema import FieldLayout
 
 Combine = Literal["concat", "sum"]
@@ -48,7 +48,7 @@ class FactorizedMLP(Interaction):
         hidden_units: tuple[int, ...] = (400, 400)
         combine: Combine = "concat"
         activation: Activation = "relu"
-        norm: Literal["none", "batch", "layer"] = "batch"
+        norm: Norm = "batch"
         dropout: float = 0.0
 
         def __post_init__(self) -> None:
@@ -67,12 +67,7 @@ class FactorizedMLP(Interaction):
         width = layout.width
         for units in config.hidden_units:
             layers.append(FactorizedLinear(width, units, config.combine))
-            if config.norm != "none":
-                layers.append(nn.BatchNorm1d(units) if config.norm == "batch" else nn.LayerNorm(units))
-            if config.activation != "none":
-                layers.append(ACTIVATIONS[config.activation]())
-            if config.dropout > 0:
-                layers.append(nn.Dropout(config.dropout))
+            layers.extend(after_linear(units, norm=config.norm, activation=config.activation, dropout=config.dropout))
             width = units
         self.layers = nn.Sequential(*layers)
         self.out = FieldLayout(("factorized_mlp",), width)

@@ -43,7 +43,7 @@ class HOFM(Interaction):
         super().__init__()
         if config.order > layout.num_fields:
             raise ConfigError(
-                f"HOFM.order is {config.order}, but its input has {layout.num_fields} fields; expected at most as many"
+                f"HOFM.order is {config.order}, but its input has fewer fields ({layout.num_fields}); expected at most as many"
             )
         self.orders = range(2, config.order + 1)
         self.share_embedding = config.share_embedding

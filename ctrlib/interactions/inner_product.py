@@ -1,7 +1,5 @@
 """Product layers of product-based neural networks: PNN (Qu et al. 2016, arXiv:1611.00144) and its sequel with kernels and
-sub-networks (Qu et al. 2018, arXiv:1807.00311). Each is followed by an MLP.
-
-P = F(F−1)/2 pairs of fields (i, j), i < j, are ordered (0, 1), (0, 2), …, (1, 2), … everywhere.
+sub-networks (Qu et al. 2018, arXiv:1807.00311). Each is followed by an MLP. Pairs: see :mod:`~ctrlib.interactions.pairs`.
 """
 
 from __future__ import annotations
@@ -9,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +15,8 @@ from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import PairKernel, PairProducts, Pairs, pair_names
 from ctrlib.schema import FieldLayout
-
-Kernel = Literal["matrix", "vector", "number"]
-
-
-def pair_names(layout: FieldLayout, block: str) -> tuple[str, ...]:
-    """``"user*item"``, … of all pairs.
-
-    Raises:
-        ConfigError: a single field, which has no pairs; ``block`` names who asks.
-    """
-    names = layout.names
-    if len(names) < 2:
-        raise ConfigError(f"{block} multiplies pairs of fields, but its input has the single field {names[0]!r}")
-    return tuple(f"{a}*{b}" for i, a in enumerate(names) for b in names[i + 1 :])
 
 
 class InnerProduct(Interaction):
@@ -53,9 +38,9 @@ class InnerProduct(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        names = pair_names(layout, "InnerProduct")
+        names = pair_names("InnerProduct", layout)
         self.linear_signal = config.linear_signal
-        self.products = PairProducts(layout)
+        self.products = PairProducts(layout.num_fields)
         self.out = _product_layout(config.linear_signal, layout, names)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
@@ -81,7 +66,7 @@ class OuterProduct(Interaction):
     ============== =================================================== =========== ==========================
 
     Shape: [B, F, D] → [B, 1, F·D + numbers], field ``"product"``; with ``linear_signal=False`` only p: [B, D, D] with fields
-    ``"outer/0"``, …, or [B, P, 1] with fields ``"user*item"``, ….
+    ``"outer_0"``, …, or [B, P, 1] with fields ``"user*item"``, ….
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +81,11 @@ class OuterProduct(Interaction):
         self.linear_signal = config.linear_signal
         self.kernel = None if config.kernel == "none" else PairKernel(config.kernel, layout)
         if self.kernel is not None:
-            self.out = _product_layout(config.linear_signal, layout, pair_names(layout, "OuterProduct"))
+            self.out = _product_layout(config.linear_signal, layout, pair_names("OuterProduct", layout))
         elif config.linear_signal:
             self.out = FieldLayout(("product",), layout.width + layout.dim**2)
         else:
-            self.out = FieldLayout(tuple(f"outer/{d}" for d in range(layout.dim)), layout.dim)
+            self.out = FieldLayout(tuple(f"outer_{d}" for d in range(layout.dim)), layout.dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D + numbers], or the products alone."""
@@ -144,7 +129,7 @@ class PIN(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        names = pair_names(layout, "PIN")
+        names = pair_names("PIN", layout)
         self.pairs = Pairs(layout.num_fields)
         widths = [3 * layout.dim, *config.hidden_units]
         shapes = list(pairwise(widths))
@@ -166,59 +151,6 @@ class PIN(Interaction):
             if i < len(self.weights) - 1:
                 h_BPU = F.relu(h_BPU)
         return h_BPU
-
-
-class Pairs(nn.Module):
-    """Both members of every pair. Shape: [B, F, D] → [B, P, D], [B, P, D]."""
-
-    def __init__(self, num_fields: int) -> None:
-        super().__init__()
-        self.left: Tensor
-        self.right: Tensor
-        left, right = torch.triu_indices(num_fields, num_fields, offset=1)
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
-
-    def forward(self, x_BFD: Tensor) -> tuple[Tensor, Tensor]:
-        return x_BFD.index_select(1, self.left), x_BFD.index_select(1, self.right)
-
-
-class PairProducts(nn.Module):
-    """⟨x_i, x_j⟩ of every pair: the upper triangle of x xᵀ. Shape: [B, F, D] → [B, P]."""
-
-    def __init__(self, layout: FieldLayout) -> None:
-        super().__init__()
-        count = layout.num_fields
-        left, right = torch.triu_indices(count, count, offset=1)
-        self.at: Tensor
-        self.register_buffer("at", left * count + right, persistent=False)
-
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        return (x_BFD @ x_BFD.transpose(1, 2)).flatten(1).index_select(1, self.at)
-
-
-class PairKernel(nn.Module):
-    """x_iᵀ φ_ij x_j of every pair; φ_ij a full matrix, a diagonal, or a number. Shape: [B, F, D] → [B, P].
-
-    Matrices start as N(0, 1/D), which keeps the size of an inner product (the variance of the PNN authors' uniform start);
-    diagonals and numbers start at one, where the product is the inner product.
-    """
-
-    def __init__(self, kernel: Kernel, layout: FieldLayout) -> None:
-        super().__init__()
-        pairs, dim = layout.num_fields * (layout.num_fields - 1) // 2, layout.dim
-        self.pairs = PairProducts(layout) if kernel == "number" else Pairs(layout.num_fields)
-        shape = {"matrix": (pairs, dim, dim), "vector": (pairs, dim), "number": (pairs,)}[kernel]
-        start = torch.randn(shape) / math.sqrt(dim) if kernel == "matrix" else torch.ones(shape)
-        self.weight = nn.Parameter(start)
-
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        if isinstance(self.pairs, PairProducts):
-            products_BP: Tensor = self.pairs(x_BFD) * self.weight
-            return products_BP
-        left_BPD, right_BPD = cast(tuple[Tensor, Tensor], self.pairs(x_BFD))
-        left_BPD = left_BPD * self.weight if self.weight.dim() == 2 else torch.einsum("bpd,pde->bpe", left_BPD, self.weight)
-        return (left_BPD * right_BPD).sum(dim=2)
 
 
 def _product_layout(linear_signal: bool, layout: FieldLayout, names: tuple[str, ...]) -> FieldLayout:

@@ -35,7 +35,7 @@ class InterHAt(Interaction):
             head_dim: d, width of one head.
             order: highest order of interaction.
             hidden_dim: width of the attention over fields and over orders; ``None``: 4·D.
-            projections: ``"relu"`` has queries, keys and values with biases and a ReLU, and a bias on W_O.
+            projection_activation: of queries, keys and values; with a ReLU they and W_O have biases.
             output: ``"if_needed"`` leaves out W_O where the heads are together as wide as D.
             attention_dropout: on the attention between fields.
 
@@ -47,7 +47,7 @@ class InterHAt(Interaction):
         head_dim: int = 8
         order: int = 3
         hidden_dim: int | None = None
-        projections: Literal["linear", "relu"] = "linear"
+        projection_activation: Literal["none", "relu"] = "none"
         output: Literal["always", "if_needed"] = "always"
         attention_dropout: float = 0.0
 
@@ -63,7 +63,7 @@ class InterHAt(Interaction):
         super().__init__()
         dim, width = layout.dim, config.num_heads * config.head_dim
         hidden = 4 * dim if config.hidden_dim is None else config.hidden_dim
-        relu = config.projections == "relu"
+        relu = config.projection_activation == "relu"
 
         def projection() -> nn.Module:
             linear = nn.Linear(dim, width, bias=relu)
@@ -76,15 +76,15 @@ class InterHAt(Interaction):
         self.output = nn.Linear(width, dim, bias=relu) if has_output else None
         self.dropout = nn.Dropout(config.attention_dropout)
         # NOTE[DIFF] torch's ε of 1e-5; the authors' code adds 1e-8 to the variance.
-        self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+        self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
         self.fields = nn.ModuleList(Aggregation(dim, hidden) for _ in range(config.order))
         self.orders = Aggregation(dim, hidden)
         self.out = FieldLayout(("interhat",), dim)
 
     def heads(self, y_BFA: Tensor) -> Tensor:
         """[B, F, A] → [B, H, F, A/H]."""
-        return y_BFA.view(*y_BFA.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        return torch.unflatten(y_BFA, -1, (self.num_heads, -1)).transpose(1, 2)
 
     def attention(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → weights [B, H, F, F]; each row sums to 1."""
@@ -99,7 +99,7 @@ class InterHAt(Interaction):
         y_BFA = (attention_BHFF @ value_BHFd).transpose(1, 2).flatten(2)
         y_BFD = (y_BFA if self.output is None else cast(Tensor, self.output(y_BFA))).relu()
         y_BFD = self.norm_attention(y_BFD + x_BFD)
-        return cast(Tensor, self.norm_feed(self.feed(y_BFD) + y_BFD))
+        return cast(Tensor, self.norm_ffn(self.ffn(y_BFD) + y_BFD))
 
     def hierarchy(self, x_BFD: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[B, F, D] → y [B, 1, D], and the weights: [B, F] for every order, then [B, order] over them."""

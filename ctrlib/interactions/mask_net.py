@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.token_linear import TokenNorm
 from ctrlib.schema import FieldLayout
 
 
@@ -34,19 +35,6 @@ class MaskBlock(nn.Module):
 
     def forward(self, e_BN: Tensor, h_BH: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(F.relu(self.norm(self.hidden(self.mask(e_BN) * h_BH)))))
-
-
-class FieldNorm(nn.Module):
-    """Layer normalisation of each field's vector, with gains and biases per field. Shape: [B, F, D] → [B, F, D].
-    Parameters: 2·F·D."""
-
-    def __init__(self, layout: FieldLayout) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(layout.num_fields, layout.dim))
-        self.bias = nn.Parameter(torch.zeros(layout.num_fields, layout.dim))
-
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        return F.layer_norm(x_BFD, x_BFD.shape[-1:]) * self.weight + self.bias
 
 
 class SerialMaskNet(Interaction):
@@ -85,7 +73,7 @@ class SerialMaskNet(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        self.norm = FieldNorm(layout) if config.embedding_norm else None
+        self.norm = TokenNorm(layout.num_fields, layout.dim) if config.embedding_norm else None
         self.blocks = nn.ModuleList(
             MaskBlock(layout.width, before, after, config.reduction_ratio, config.dropout)
             for before, after in pairwise((layout.width, *config.hidden_units))
@@ -108,7 +96,7 @@ class SerialMaskNet(Interaction):
 class ParallelMaskNet(Interaction):
     """Mask blocks side by side, all on the normalised embeddings: y = [MaskBlock_1(e, LN(x)), …, MaskBlock_K(e, LN(x))].
 
-    Shape: [B, F, D] → [B, K, block_dim], fields ``"mask_net/0"``, … An MLP comes after it. Parameters: see
+    Shape: [B, F, D] → [B, K, block_dim], fields ``"mask_net_0"``, … An MLP comes after it. Parameters: see
     :class:`MaskBlock`, and 2·F·D for the LN.
     """
 
@@ -141,12 +129,12 @@ class ParallelMaskNet(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        self.norm = FieldNorm(layout) if config.embedding_norm else None
+        self.norm = TokenNorm(layout.num_fields, layout.dim) if config.embedding_norm else None
         self.blocks = nn.ModuleList(
             MaskBlock(layout.width, layout.width, config.block_dim, config.reduction_ratio, config.dropout)
             for _ in range(config.num_blocks)
         )
-        self.out = FieldLayout(tuple(f"mask_net/{i}" for i in range(config.num_blocks)), config.block_dim)
+        self.out = FieldLayout(tuple(f"mask_net_{i}" for i in range(config.num_blocks)), config.block_dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, K, block_dim]."""

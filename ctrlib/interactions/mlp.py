@@ -20,7 +20,21 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "leaky_relu": nn.LeakyReLU,
     "sigmoid": nn.Sigmoid,
+    "none": nn.Identity,
 }
+
+Norm = Literal["none", "batch", "layer"]
+
+
+def after_linear(units: int, *, norm: Norm, activation: Activation, dropout: float = 0.0) -> list[nn.Module]:
+    """What follows a linear layer of so many units: norm, activation, dropout, as far as they are wanted."""
+    layers: list[nn.Module] = []
+    if norm != "none":
+        layers.append(nn.BatchNorm1d(units) if norm == "batch" else nn.LayerNorm(units))
+    layers.append(ACTIVATIONS[activation]())
+    if dropout > 0:
+        layers.append(nn.Dropout(dropout))
+    return layers
 
 
 class MLP(Interaction):
@@ -50,7 +64,7 @@ class MLP(Interaction):
         hidden_units: tuple[int, ...] = (400, 400, 400)
         output_dim: int | None = None
         activation: Activation = "relu"
-        norm: Literal["none", "batch", "layer"] = "none"
+        norm: Norm = "none"
         dropout: float = 0.0
 
         def __post_init__(self) -> None:
@@ -67,12 +81,7 @@ class MLP(Interaction):
         width = layout.width
         for units in config.hidden_units:
             layers.append(nn.Linear(width, units))
-            if config.norm != "none":
-                layers.append(nn.BatchNorm1d(units) if config.norm == "batch" else nn.LayerNorm(units))
-            if config.activation != "none":
-                layers.append(ACTIVATIONS[config.activation]())
-            if config.dropout > 0:
-                layers.append(nn.Dropout(config.dropout))
+            layers.extend(after_linear(units, norm=config.norm, activation=config.activation, dropout=config.dropout))
             width = units
         if config.output_dim is not None:
             layers.append(nn.Linear(width, config.output_dim))

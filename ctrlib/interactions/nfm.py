@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -23,13 +23,13 @@ class BiInteraction(Interaction):
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(Interaction.Config):
-        """Options; ``norm`` is batch normalisation of y, ``dropout`` acts after it, in this order as in the paper.
+        """Options; ``norm`` is of y, ``dropout`` acts after it, in this order as in the paper.
 
         Raises:
             ConfigError: a dropout outside [0, 1).
         """
 
-        norm: bool = False
+        norm: Literal["none", "batch"] = "none"
         dropout: float = 0.0
 
         def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class BiInteraction(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(layout.dim) if config.norm else None
+        self.norm = nn.BatchNorm1d(layout.dim) if config.norm == "batch" else None
         self.dropout = nn.Dropout(config.dropout)
         self.out = FieldLayout(("bi_interaction",), layout.dim)
 

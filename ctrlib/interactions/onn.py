@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.ffm import FieldAwareProducts, width_of_one
-from ctrlib.interactions.inner_product import pair_names
+from ctrlib.interactions.pairs import pair_names
 from ctrlib.schema import FieldLayout
 
 
@@ -30,7 +30,7 @@ class ONN(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        names = pair_names(layout, "ONN")
+        names = pair_names("ONN", layout)
         self.width = width_of_one("ONN", layout, layout.num_fields, "fields")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("onn",), layout.num_fields * self.width + len(names))

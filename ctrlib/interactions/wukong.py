@@ -109,7 +109,8 @@ class WukongLayer(nn.Module):
         return x_BFD @ y_BKD.transpose(1, 2)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
-        fmb_BFD = self.mlp(self.norm_fm(self.fm(x_BFD).flatten(1))).view(x_BFD.shape[0], -1, self.width)
+        fmb_B1N = self.mlp(self.norm_fm(self.fm(x_BFD).flatten(1)))
+        fmb_BFD = torch.unflatten(fmb_B1N.squeeze(1), 1, (-1, self.width))
         y_BFD = torch.cat([fmb_BFD, self.compress(x_BFD)], dim=1)
         return cast(Tensor, self.norm(y_BFD + (x_BFD if self.residual is None else self.residual(x_BFD))))
 

@@ -344,7 +344,7 @@ def fibinet(flavour: Flavour = "paper") -> CTRModel.Config:
     products = FiBiNET.Config()
     if flavour == "fuxictr":
         senet, bilinear = SENet.Config(reduction_ratio=2), Bilinear.Config(kind="field_all")
-        products = FiBiNET.Config(senet=senet, bilinear=bilinear, shared=True)
+        products = FiBiNET.Config(senet=senet, bilinear=bilinear, share_bilinear=True)
     deep = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400), dropout=0.5))
     interaction = Stack.Config(blocks=(products, deep))
     return _ctr(flavour, interaction, head=Head.Config(), first_order=FirstOrder.Config(bias=False), dim=10)
@@ -450,7 +450,7 @@ def rank_mixer(flavour: Flavour = "paper") -> CTRModel.Config:
 
 def euler_net(flavour: Flavour = "paper") -> CTRModel.Config:
     """Interactions of learned order in complex space. ``paper``: as released for Criteo; tuned per data set."""
-    plain = EulerNet.Config(num_orders=(3,), norm=False, explicit_dropout=0.0, implicit_dropout=0.0)
+    plain = EulerNet.Config(num_orders=(3,), norm="none", explicit_dropout=0.0, implicit_dropout=0.0)
     return _ctr(flavour, plain if flavour == "fuxictr" else EulerNet.Config(), head=Head.Config())
 
 
@@ -515,7 +515,7 @@ def afm(flavour: Flavour = "paper") -> CTRModel.Config:
 
 def nfm(flavour: Flavour = "paper") -> CTRModel.Config:
     """An MLP on the sum of all pairs of fields; sizes and dropout, which the paper tunes per data set, are our choice."""
-    block = BiInteraction.Config() if flavour == "fuxictr" else BiInteraction.Config(norm=True, dropout=0.5)
+    block = BiInteraction.Config() if flavour == "fuxictr" else BiInteraction.Config(norm="batch", dropout=0.5)
     deep = _mlp(flavour, MLP.Config(hidden_units=(64,), norm="batch", dropout=0.5), output_dim=1)
     return _ctr(flavour, Stack.Config(blocks=(block, deep)), first_order=FirstOrder.Config(bias=False), dim=64)
 
@@ -523,7 +523,7 @@ def nfm(flavour: Flavour = "paper") -> CTRModel.Config:
 _INTERHAT: Mapping[Flavour, InterHAt.Config] = {
     "paper": InterHAt.Config(),
     "fuxictr": InterHAt.Config(num_heads=1, head_dim=10, order=2, output="if_needed"),
-    "official": InterHAt.Config(projections="relu", hidden_dim=8),
+    "official": InterHAt.Config(projection_activation="relu", hidden_dim=8),
 }
 
 

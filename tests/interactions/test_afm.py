@@ -91,5 +91,5 @@ def test_config_errors() -> None:
         AFM.Config(attention_dropout=1.0)
     with pytest.raises(ConfigError, match=r"AFM\.dropout is -0\.1"):
         AFM.Config(dropout=-0.1)
-    with pytest.raises(ConfigError, match=r"only one \(user\)"):
+    with pytest.raises(ConfigError, match="single field 'user'"):
         AFM(AFM.Config(), FieldLayout(("user",), 4))

@@ -43,7 +43,7 @@ def norm(module: nn.Module | None) -> Norm | None:
     return Norm(mean.numpy(), variance.numpy(), gain.detach().numpy(), shift.detach().numpy())
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": False}, {"bias": True, "eps": 1e-4}, {"eps": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"bias": True, "eps": 1e-4}, {"eps": 0.5}])
 def test_equals_the_formula(options: dict[str, Any]) -> None:
     afn, x_BFD = awake(block(**options)), randn(6, 4, 3)
     bias = None if afn.bias_L is None else afn.bias_L.detach().numpy()
@@ -55,7 +55,7 @@ def test_equals_the_formula(options: dict[str, Any]) -> None:
 
 def test_hand_case() -> None:
     """Orders (2, −1) of the fields 3 and 4: 9/4; signs don't matter."""
-    afn = block(FieldLayout(("a", "b"), 1), num_neurons=1, norm=False)
+    afn = block(FieldLayout(("a", "b"), 1), num_neurons=1, norm="none")
     afn.load_state_dict({"orders_LF": torch.tensor([[2.0, -1.0]])})
     for sign in (1, -1):
         assert afn(torch.tensor([[[3.0 * sign], [4.0]]], dtype=torch.float64)).item() == pytest.approx(2.25)
@@ -85,7 +85,7 @@ def test_orders_shown_are_the_powers() -> None:
 
 def test_without_the_logarithm_the_result_differs() -> None:
     """The mutation that the formula test must catch: exp of a weighted sum of the embeddings themselves."""
-    afn, x_BFD = block(norm=False), randn(3, 4, 3)
+    afn, x_BFD = block(norm="none"), randn(3, 4, 3)
     assert (afn(x_BFD) - (afn.orders_LF @ x_BFD).exp()).abs().max() > 1e-2
 
 

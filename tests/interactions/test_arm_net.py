@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_head": {"bilinear": "none", "num_heads": 1},
     "no_gates": {"gate": "none"},
     "no_values": {"use_values": False},
-    "additive": {"neuron": "additive", "norm": False},
+    "additive": {"neuron": "additive", "norm": "none"},
 }
 
 
@@ -93,7 +93,7 @@ def test_softmax_in_place_of_entmax_is_noticed() -> None:
 
 def test_hand_case() -> None:
     """e = (ln 2, ln 3), scores (½, 0): z = (.75, .25), w = (1.5, 1), y = 2^1.5 · 3."""
-    block = arm_net(FieldLayout(("a", "b"), 2), num_heads=1, num_neurons=1, norm=False)
+    block = arm_net(FieldLayout(("a", "b"), 2), num_heads=1, num_neurons=1, norm="none")
     x_BFD = torch.tensor([[[math.log(2), 0.5], [math.log(3), 0.0]]], dtype=torch.float64)
     weights = {"weight": [[[1.0, 0.0], [0.0, 1.0]]], "query": [[[0.0, 1.0]]], "value": [[[2.0, 4.0]]]}
     block.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
@@ -105,7 +105,7 @@ def test_hand_case() -> None:
 
 def test_jacobian_of_a_neuron() -> None:
     """Gates frozen, dy/dx_j = w_j diag(y) (eq. 4); gates off, dy/dv_j = y ⊙ x_j."""
-    block, x_BFD = awake(arm_net(gate="none", norm=False)), randn(1, 4, 3)
+    block, x_BFD = awake(arm_net(gate="none", norm="none")), randn(1, 4, 3)
     assert block.value is not None
     jacobian = torch.autograd.functional.jacobian(block, x_BFD)[0, :, :, 0]  # type: ignore[no-untyped-call]
     y_HD, value_HF = block(x_BFD)[0], block.value.flatten(0, 1)
@@ -137,7 +137,7 @@ def test_order_of_fields_and_neurons_does_not_matter() -> None:
     block.value.data = block.value.data[:, neurons]
     block.query.data = block.query.data[:, neurons]
     block.norm = None
-    unnormed = arm_net(norm=False)
+    unnormed = arm_net(norm="none")
     unnormed.load_state_dict(block.state_dict())
     permuted = unnormed(x_BFD[:, order]).view(5, 2, 3, 3)
     unnormed.query.data = unnormed.query.data[:, [1, 2, 0]]  # type: ignore[union-attr]
@@ -146,14 +146,14 @@ def test_order_of_fields_and_neurons_does_not_matter() -> None:
 
 
 def test_without_values_every_neuron_is_one() -> None:
-    block = arm_net(norm=False)
+    block = arm_net(norm="none")
     assert block.value is not None
     nn.init.zeros_(block.value)
     assert torch.equal(block(randn(5, 4, 3)), torch.ones(5, 6, 3, dtype=torch.float64))
 
 
 def test_a_field_with_a_gate_of_zero_gets_no_gradient() -> None:
-    block, x_BFD = awake(arm_net(num_heads=1, num_neurons=1, norm=False, alpha=3.0)), 3 * randn(20, 4, 3)
+    block, x_BFD = awake(arm_net(num_heads=1, num_neurons=1, norm="none", alpha=3.0)), 3 * randn(20, 4, 3)
     gates_BF = block.explain(x_BFD)["gates"][:, 0]
     x_BFD.requires_grad_()
     block(x_BFD).sum().backward()  # type: ignore[no-untyped-call]
@@ -164,8 +164,8 @@ def test_a_field_with_a_gate_of_zero_gets_no_gradient() -> None:
 
 
 def test_norm_has_a_channel_per_neuron() -> None:
-    block, x_BFD = awake(arm_net(norm=True)).train(), randn(8, 4, 3)
-    plain = arm_net(norm=False)
+    block, x_BFD = awake(arm_net(norm="batch")).train(), randn(8, 4, 3)
+    plain = arm_net(norm="none")
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("norm")})
     y_BHD, norm = plain(x_BFD), block.norm
     assert norm is not None
@@ -188,8 +188,8 @@ def test_input_is_left_alone_and_kept_where_asked() -> None:
 
 
 def test_exponent_clip() -> None:
-    block, x_BFD = awake(arm_net(norm=False)), 5 * randn(5, 4, 3)
-    clipped = arm_net(norm=False, exponent_clip=1.0)
+    block, x_BFD = awake(arm_net(norm="none")), 5 * randn(5, 4, 3)
+    clipped = arm_net(norm="none", exponent_clip=1.0)
     clipped.load_state_dict(block.state_dict())
     torch.testing.assert_close(clipped(x_BFD), block(x_BFD).clamp(math.exp(-1), math.exp(1)))
 
@@ -216,7 +216,7 @@ def test_start_of_the_weights() -> None:
         assert weight is not None
         assert 0.9 * bound < weight.abs().max() <= bound
     # Gates start nearly even and neurons at 1: std of scores .003.
-    gates = ARMNet(ARMNet.Config(norm=False), layout).explain(0.019 * torch.randn(50, 10, 10))["gates"]
+    gates = ARMNet(ARMNet.Config(norm="none"), layout).explain(0.019 * torch.randn(50, 10, 10))["gates"]
     assert (gates > 0).all()
 
 

@@ -90,5 +90,5 @@ def test_width_must_fit(config: Interaction.Config, message: str) -> None:
 
 @pytest.mark.parametrize("config", [FFM.Config(), ONN.Config()])
 def test_one_field_has_no_pairs(config: Interaction.Config) -> None:
-    with pytest.raises(ConfigError, match=r"(FFM|ONN) multiplies pairs of fields, but its input has the single field 'user'"):
+    with pytest.raises(ConfigError, match=r"(FFM|ONN) takes pairs of fields, but its input has the single field 'user'"):
         config.component(config, FieldLayout(("user",), 3))

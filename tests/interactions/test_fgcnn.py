@@ -71,7 +71,7 @@ def test_published_shapes(name: str) -> None:
     *_, heights, counts, total, width = PUBLISHED[name]
     block, classifier = published(name)
     maps = PUBLISHED[name][4]
-    generated = [sum(n.startswith(f"fgcnn/{i}/") for n in block.out.names) for i in range(4)]
+    generated = [sum(n.startswith(f"fgcnn_{i}_") for n in block.out.names) for i in range(4)]
     assert generated == counts
     assert [n // maps for n in generated] == heights
     assert block.num_generated == sum(counts)
@@ -153,7 +153,7 @@ def test_golden_products() -> None:
     block.load_state_dict(generator.state_dict())
     raw_BFD = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [-1.0, 1.0]]], dtype=torch.float64)
     y_BFD = block(torch.cat([raw_BFD, X_BFD], dim=2))
-    assert block.out == FieldLayout(("f0", "f1", "f2", "f3", "fgcnn/0/0", "fgcnn/0/1"), 2)
+    assert block.out == FieldLayout(("f0", "f1", "f2", "f3", "fgcnn_0_0", "fgcnn_0_1"), 2)
     assert torch.equal(y_BFD[:, :4], raw_BFD)
     products = InnerProduct(InnerProduct.Config(), block.out)
     expected = [0, 0.5, -1, -0.012497, 0.217581, 0.5, 1, 0.240831, -0.001312, 0]

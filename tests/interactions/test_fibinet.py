@@ -95,7 +95,7 @@ def test_the_matrix_belongs_to_the_left_field(kind: Kind) -> None:
 @kinds
 def test_fibinet_is_both_products(kind: Kind, shared: bool) -> None:
     torch.manual_seed(4)
-    block = FiBiNET(FiBiNET.Config(bilinear=Bilinear.Config(kind=kind), shared=shared), LAYOUT).double()
+    block = FiBiNET(FiBiNET.Config(bilinear=Bilinear.Config(kind=kind), share_bilinear=shared), LAYOUT).double()
     x_BFD = torch.randn(5, 4, 3, dtype=torch.float64)
     y_BPD = block(x_BFD)
     second = block.bilinear if block.bilinear_senet is None else block.bilinear_senet
@@ -112,12 +112,14 @@ def test_sizes() -> None:
     assert size(SENet(SENet.Config(reduction_ratio=3), fields(10))) == 2 * 10 * 3
     assert size(SENet(SENet.Config(reduction_ratio=0.3), fields(3))) == 2 * 3 * 10
     assert size(SENet(SENet.Config(reduction_ratio=100), fields(3))) == 2 * 3
-    config = FiBiNET.Config(senet=SENet.Config(reduction_ratio=2), bilinear=Bilinear.Config(kind="field_all"), shared=True)
+    config = FiBiNET.Config(
+        senet=SENet.Config(reduction_ratio=2), bilinear=Bilinear.Config(kind="field_all"), share_bilinear=True
+    )
     assert size(FiBiNET(config, fields(10))) == 200
 
 
 def test_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"SENet\.reduction_ratio is 0"):
         SENet.Config(reduction_ratio=0)
-    with pytest.raises(ConfigError, match="pairs of fields, but there is only 'user'"):
+    with pytest.raises(ConfigError, match="Bilinear takes pairs of fields, but its input has the single field 'user'"):
         Bilinear(Bilinear.Config(), FieldLayout(("user",), 3))

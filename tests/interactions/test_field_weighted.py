@@ -115,7 +115,7 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("config", [FwFM.Config(), FmFM.Config()])
 def test_one_field_has_no_pairs(config: Interaction.Config) -> None:
-    with pytest.raises(ConfigError, match=r"F.FM multiplies pairs of fields, but its input has the single field 'user'"):
+    with pytest.raises(ConfigError, match=r"F.FM takes pairs of fields, but its input has the single field 'user'"):
         config.component(config, FieldLayout(("user",), 3))
 
 

@@ -142,5 +142,5 @@ def test_sizes() -> None:
 def test_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"FiGNN\.num_layers is 0"):
         FiGNN.Config(num_layers=0)
-    with pytest.raises(ConfigError, match="graph of fields, but there is only 'user'"):
+    with pytest.raises(ConfigError, match="FiGNN takes pairs of fields, but its input has the single field 'user'"):
         FiGNN(FiGNN.Config(), FieldLayout(("user",), 3))

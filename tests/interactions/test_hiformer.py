@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.hiformer import Composite, Hiformer, HiformerLayer
-from ctrlib.interactions.token_linear import TokenLinear, TokenNorm
+from ctrlib.interactions.hiformer import Hiformer, HiformerLayer
+from ctrlib.interactions.token_linear import Composite, TokenLinear, TokenNorm
 from ctrlib.schema import FieldLayout
 from tests.reference import hiformer as reference
 

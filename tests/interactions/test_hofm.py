@@ -65,7 +65,7 @@ def test_a_field_meets_itself_never() -> None:
 def test_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"HOFM\.order is 1; expected 2"):
         HOFM.Config(order=1)
-    with pytest.raises(ConfigError, match=r"HOFM\.order is 6, but its input has 5 fields"):
+    with pytest.raises(ConfigError, match=r"HOFM\.order is 6, but its input has fewer fields \(5\)"):
         HOFM(HOFM.Config(order=6), LAYOUT)
     with pytest.raises(ConfigError, match=r"HOFM\.order is 5.*4 vectors side by side, but the width is 6.*vectors=4"):
         HOFM(HOFM.Config(order=5), LAYOUT)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct, Pairs
+from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
+from ctrlib.interactions.pairs import Pairs
 from ctrlib.schema import FieldLayout
 from tests.reference import products as reference
 
@@ -62,7 +63,7 @@ def test_outer_product_hand_case() -> None:
     layout = FieldLayout(("a", "b"), 2)
     block = OuterProduct(OuterProduct.Config(linear_signal=False), layout)
     assert block(x_BFD).tolist() == [[[16.0, 4.0], [4.0, 1.0]]]
-    assert block.out == FieldLayout(("outer/0", "outer/1"), 2)
+    assert block.out == FieldLayout(("outer_0", "outer_1"), 2)
     block = OuterProduct(OuterProduct.Config(), layout)
     assert block(x_BFD).tolist() == [[[1.0, 2.0, 3.0, -1.0, 16.0, 4.0, 4.0, 1.0]]]
 
@@ -153,7 +154,7 @@ def test_pairs_are_in_the_order_of_their_names() -> None:
 
 @pytest.mark.parametrize("config", [InnerProduct.Config(), OuterProduct.Config(kernel="matrix"), PIN.Config()])
 def test_one_field_has_no_pairs(config: Interaction.Config) -> None:
-    with pytest.raises(ConfigError, match=r"multiplies pairs of fields, but its input has the single field 'user'"):
+    with pytest.raises(ConfigError, match=r"takes pairs of fields, but its input has the single field 'user'"):
         config.component(config, FieldLayout(("user",), 3))
 
 

@@ -51,9 +51,9 @@ def weights(block: InterHAt) -> reference.Weights:
         value=affine(block.value),
         output=None if block.output is None else affine(block.output),
         norm_attention=norm(block.norm_attention),
-        feed_1=affine(block.feed[0]),
-        feed_2=affine(block.feed[2]),
-        norm_feed=norm(block.norm_feed),
+        feed_1=affine(block.ffn[0]),
+        feed_2=affine(block.ffn[2]),
+        norm_feed=norm(block.norm_ffn),
         fields=[aggregation(module) for module in block.fields],
         orders=aggregation(block.orders),
     )
@@ -61,7 +61,13 @@ def weights(block: InterHAt) -> reference.Weights:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"projections": "relu", "head_dim": 4}, {"output": "if_needed"}, {"output": "if_needed", "head_dim": 2}, {"order": 1}],
+    [
+        {},
+        {"projection_activation": "relu", "head_dim": 4},
+        {"output": "if_needed"},
+        {"output": "if_needed", "head_dim": 2},
+        {"order": 1},
+    ],
 )
 def test_equals_the_formula(options: dict[str, Any]) -> None:
     block, x_BFD = interhat(**options), randn(4, 4, 6)
@@ -71,7 +77,9 @@ def test_equals_the_formula(options: dict[str, Any]) -> None:
     assert list(shown) == ["attention", *keys]
     assert block.out == FieldLayout(("interhat",), 6)
     for row in range(4):
-        y, attention, expected = reference.interhat(x_BFD[row].numpy(), weights(block), 2, options.get("projections") == "relu")
+        y, attention, expected = reference.interhat(
+            x_BFD[row].numpy(), weights(block), 2, options.get("projection_activation") == "relu"
+        )
         np.testing.assert_allclose(y_B1D[row, 0].detach().numpy(), y, rtol=0, atol=1e-10)
         np.testing.assert_allclose(shown["attention"][row].detach().numpy(), attention, rtol=0, atol=1e-10)
         for key, value in zip(keys, expected, strict=True):
@@ -109,7 +117,7 @@ def test_wrong_scale_and_missing_residual_are_noticed() -> None:
     value_BHFd = block.attention(x_BFD) @ block.heads(block.value(x_BFD))
     assert block.output is not None
     t_BFD = block.norm_attention(block.output(value_BHFd.transpose(1, 2).flatten(2)).relu())
-    mutant_BFD = block.norm_feed(block.feed(t_BFD) + t_BFD)
+    mutant_BFD = block.norm_ffn(block.ffn(t_BFD) + t_BFD)
     assert (mutant_BFD - block.transform(x_BFD)).abs().max() > 1e-2
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.mask_net import FieldNorm, MaskBlock, ParallelMaskNet, SerialMaskNet
+from ctrlib.interactions.mask_net import MaskBlock, ParallelMaskNet, SerialMaskNet
+from ctrlib.interactions.token_linear import TokenNorm
 from ctrlib.schema import FieldLayout
 from tests.reference import mask_net as reference
 
@@ -50,7 +51,7 @@ def arrays(block: nn.Module) -> reference.Block:
     )
 
 
-def start(norm: FieldNorm | None, x: Tensor) -> reference.Array:
+def start(norm: TokenNorm | None, x: Tensor) -> reference.Array:
     return numbers(x).flatten() if norm is None else reference.field_norm(numbers(x), numbers(norm.weight), numbers(norm.bias))
 
 
@@ -95,7 +96,7 @@ def test_parallel_equals_the_formula(embedding_norm: bool) -> None:
     x_BFD = torch.randn(4, 3, 2, dtype=torch.float64)
     blocks = [arrays(b) for b in block.blocks]
     expected = [reference.parallel(numbers(x), start(block.norm, x), blocks) for x in x_BFD]
-    assert block.out == FieldLayout(("mask_net/0", "mask_net/1"), 5)
+    assert block.out == FieldLayout(("mask_net_0", "mask_net_1"), 5)
     assert block(x_BFD).shape == (4, 2, 5)
     np.testing.assert_allclose(numbers(block(x_BFD)), expected, rtol=0, atol=1e-10)
 

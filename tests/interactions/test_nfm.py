@@ -32,7 +32,10 @@ def test_hand_case() -> None:
 
 def test_norm_then_dropout() -> None:
     torch.manual_seed(2)
-    block, x_BFD = BiInteraction(BiInteraction.Config(norm=True, dropout=0.5), LAYOUT).double(), torch.randn(64, 3, 2).double()
+    block, x_BFD = (
+        BiInteraction(BiInteraction.Config(norm="batch", dropout=0.5), LAYOUT).double(),
+        torch.randn(64, 3, 2).double(),
+    )
     assert block.norm is not None
     nn.init.normal_(block.norm.weight)
     nn.init.normal_(block.norm.bias)
