@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrlib.config import ConfigError, positive
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import MLP
-from ctrlib.interactions.pairs import PairProducts
+from ctrlib.interactions.pairs import PairProducts, check_pairs
 from ctrlib.schema import FieldLayout, suggest
 
 
@@ -54,16 +54,17 @@ class DotInteraction(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         """
         Raises:
-            ConfigError: an unknown bottom field; fewer than two vectors to multiply.
+            ConfigError: an unknown bottom field; a single field, or none but bottom fields.
         """
         super().__init__()
         for name in config.bottom_fields:
             if name not in layout.names:
                 raise ConfigError(f"DotInteraction.bottom_fields has {name!r}, which is no field{suggest(name, layout.names)}")
+        check_pairs("DotInteraction", layout)
         others = [i for i, name in enumerate(layout.names) if name not in config.bottom_fields]
+        if not others:
+            raise ConfigError("DotInteraction.bottom_fields has all fields, so there are no pairs of vectors; leave one out")
         count = len(others) + bool(config.bottom_fields)
-        if count < 2:
-            raise ConfigError(f"DotInteraction takes pairs of vectors, but there is only {count}; give it two or more")
         self.bottom: MLP | None = None
         if config.bottom_fields:
             bottom = MLP.Config(hidden_units=(*config.bottom_hidden_units, layout.dim))
