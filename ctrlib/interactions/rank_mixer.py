@@ -28,7 +28,7 @@ class RankMixer(Interaction):
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(Interaction.Config):
-        """Options; the defaults are the paper's model of some 100 million parameters.
+        """Options; the defaults have the sizes of the paper's smaller model, all but the factor, which it does not state.
 
         Attributes:
             num_tokens: T; must divide ``token_dim``.

@@ -413,3 +413,12 @@ def test_learns_a_third_order_cross_that_fm_cannot() -> None:
 def test_config_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fgcnn(**options)
+
+
+def test_generated_fields_start_small() -> None:
+    """FM adds up thousands of their pairs."""
+    torch.manual_seed(0)
+    block = FGCNN(FGCNN.Config(channels=(4, 4, 4, 4)), fields(39, 20))
+    generated_BFD = torch.cat(block.generate(0.01 * torch.randn(64, 39, 20)), dim=1).detach()
+    assert generated_BFD.std() == pytest.approx(0.1, abs=0.01)
+    assert FM(FM.Config(), fields(114, 20))(generated_BFD).std() < 5
