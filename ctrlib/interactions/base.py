@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ctrlib.config import Component
+from ctrlib.config import Component, ConfigError
 from ctrlib.schema import FieldLayout
 
 
@@ -35,3 +35,17 @@ class Interaction(Component, nn.Module, ABC):
 def build(config: Interaction.Config, layout: FieldLayout) -> Interaction:
     """The block that ``config`` describes, for inputs of this layout."""
     return cast(Interaction, config.component(config, layout))
+
+
+def vector_width(block: str, layout: FieldLayout, count: int, vectors: int | str) -> int:
+    """The width of one of the ``count`` vectors per value that ``block`` reads side by side.
+
+    Raises:
+        ConfigError: the layout's width is not a multiple; ``vectors`` is the option of a MultiVectorModel that makes it one.
+    """
+    if layout.dim % count:
+        raise ConfigError(
+            f"{block} reads {count} vectors per value ({layout.num_fields} fields) side by side, but the width is "
+            f"{layout.dim}, which is not a multiple; use a MultiVectorModel with vectors={vectors!r}"
+        )
+    return layout.dim // count

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, vector_width
 from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
@@ -31,7 +30,7 @@ class FFM(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         check_pairs("FFM", layout)
-        width_of_one("FFM", layout, layout.num_fields - 1, "others")
+        vector_width("FFM", layout, layout.num_fields - 1, "others")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)
 
@@ -61,17 +60,3 @@ class FieldAwareProducts(nn.Module):
         rows, fields, width = x_BFD.shape
         v_BNk = x_BFD.reshape(rows, fields * self.others, width // self.others)
         return (v_BNk.index_select(1, self.left) * v_BNk.index_select(1, self.right)).sum(dim=2)
-
-
-def width_of_one(block: str, layout: FieldLayout, vectors: int, name: str) -> int:
-    """k of an input with so many vectors per value.
-
-    Raises:
-        ConfigError: the width is not a multiple of their number.
-    """
-    if layout.dim % vectors:
-        raise ConfigError(
-            f"{block} reads {vectors} vectors per value ({layout.num_fields} fields) side by side, but the width is "
-            f"{layout.dim}, which is not a multiple; use a MultiVectorModel with vectors={name!r}"
-        )
-    return layout.dim // vectors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, vector_width
 from ctrlib.interactions.mlp import ACTIVATIONS, Activation, after_linear
 from ctrlib.schema import FieldLayout
 
@@ -103,13 +103,8 @@ class FGCNN(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        if not config.share_embedding and layout.dim % 2:
-            raise ConfigError(
-                f"FGCNN.share_embedding is False, so every value has two vectors side by side, but the width is {layout.dim}; "
-                "use a MultiVectorModel with vectors=2, or an even width"
-            )
         self.use_raw, self.share_embedding = config.use_raw, config.share_embedding
-        self.dim = layout.dim if config.share_embedding else layout.dim // 2
+        self.dim = layout.dim if config.share_embedding else vector_width("FGCNN", layout, 2, 2)
         order = _positions(config.field_order, layout)
         self.order: Tensor | None
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)

@@ -11,8 +11,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, vector_width
 from ctrlib.interactions.pairs import PairKernel, PairProducts, check_pairs, pair_names
 from ctrlib.schema import FieldLayout
 
@@ -43,11 +42,7 @@ class FwFM(Interaction):
         super().__init__()
         names = pair_names("FwFM", layout)
         self.two_vectors = config.linear == "value"
-        if self.two_vectors and layout.dim % 2:
-            raise ConfigError(
-                f"FwFM.linear is 'value', so every value has two vectors side by side, but the width is {layout.dim}; use a "
-                "MultiVectorModel with vectors=2, or an even width"
-            )
+        self.width = vector_width("FwFM with linear='value'", layout, 2, 2) if self.two_vectors else layout.dim
         self.products = PairProducts(layout.num_fields)
         self.strength = nn.Linear(len(names), 1, bias=config.bias)
         self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None
@@ -55,21 +50,17 @@ class FwFM(Interaction):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
-        v_BFD = self._vectors(x_BFD)
+        v_BFD = x_BFD[:, :, : self.width]
         y_B1 = cast(Tensor, self.strength(self.products(v_BFD)))
         if self.two_vectors:
-            y_B1 = y_B1 + (v_BFD * x_BFD[:, :, v_BFD.shape[2] :]).sum(dim=(1, 2)).unsqueeze(1)
+            y_B1 = y_B1 + (v_BFD * x_BFD[:, :, self.width :]).sum(dim=(1, 2)).unsqueeze(1)
         if self.linear is not None:
             y_B1 = y_B1 + self.linear(v_BFD.flatten(1))
         return y_B1.unsqueeze(1)
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, r_ij ⟨v_i, v_j⟩."""
-        return {"pair": self.products(self._vectors(x_BFD)) * self.strength.weight}
-
-    def _vectors(self, x_BFD: Tensor) -> Tensor:
-        """v, without the linear vectors u."""
-        return x_BFD[:, :, : x_BFD.shape[2] // 2] if self.two_vectors else x_BFD
+        return {"pair": self.products(x_BFD[:, :, : self.width]) * self.strength.weight}
 
 
 class FmFM(Interaction):

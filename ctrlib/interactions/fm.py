@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import sum_of_products
 from ctrlib.schema import FieldLayout
 
 
@@ -30,6 +31,4 @@ class FM(Interaction):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
-        square_of_sum_BD = x_BFD.sum(dim=1).square()
-        sum_of_squares_BD = x_BFD.square().sum(dim=1)
-        return 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=-1, keepdim=True).unsqueeze(1)
+        return sum_of_products(x_BFD).sum(dim=-1, keepdim=True).unsqueeze(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, vector_width
 from ctrlib.schema import FieldLayout
 
 
@@ -47,11 +47,8 @@ class HOFM(Interaction):
             )
         self.orders = range(2, config.order + 1)
         self.share_embedding = config.share_embedding
-        if not config.share_embedding and layout.dim % len(self.orders):
-            raise ConfigError(
-                f"HOFM.order is {config.order}, so every value has {len(self.orders)} vectors side by side, but the width is "
-                f"{layout.dim}, which is not a multiple; use a MultiVectorModel with vectors={len(self.orders)}"
-            )
+        if not config.share_embedding:
+            vector_width("HOFM", layout, len(self.orders), len(self.orders))
         self.out = FieldLayout(("hofm",), 1)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

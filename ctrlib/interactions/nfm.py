@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import fraction
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.pairs import sum_of_products
 from ctrlib.schema import FieldLayout
 
 
@@ -43,7 +44,7 @@ class BiInteraction(Interaction):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, D]."""
-        y_BD = 0.5 * (x_BFD.sum(dim=1).square() - x_BFD.square().sum(dim=1))
+        y_BD = sum_of_products(x_BFD)
         if self.norm is not None:
             y_BD = self.norm(y_BD)
         return cast(Tensor, self.dropout(y_BD)).unsqueeze(1)

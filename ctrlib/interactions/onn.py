@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.ffm import FieldAwareProducts, width_of_one
+from ctrlib.interactions.base import Interaction, vector_width
+from ctrlib.interactions.ffm import FieldAwareProducts
 from ctrlib.interactions.pairs import pair_names
 from ctrlib.schema import FieldLayout
 
@@ -31,7 +31,7 @@ class ONN(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         names = pair_names("ONN", layout)
-        self.width = width_of_one("ONN", layout, layout.num_fields, "fields")
+        self.width = vector_width("ONN", layout, layout.num_fields, "fields")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("onn",), layout.num_fields * self.width + len(names))
 

@@ -39,6 +39,11 @@ def pair_names(block: str, layout: FieldLayout) -> tuple[str, ...]:
     return tuple(f"{a}*{b}" for i, a in enumerate(names) for b in names[i + 1 :])
 
 
+def sum_of_products(x_BFD: Tensor) -> Tensor:
+    """Σ_{i<j} x_i ⊙ x_j = ½ [(Σ_i x_i)² − Σ_i x_i²], in O(F·D) (Rendle's lemma). Shape: [B, F, D] → [B, D]."""
+    return 0.5 * (x_BFD.sum(dim=1).square() - x_BFD.square().sum(dim=1))
+
+
 class Pairs(nn.Module):
     """Both members of every pair. Shape: [B, F, D] → [B, P, D], [B, P, D]."""
 

@@ -407,7 +407,7 @@ def test_learns_a_third_order_cross_that_fm_cannot() -> None:
         ({"kernel_heights": (), "channels": (), "pool_sizes": (), "new_maps": (), "use_raw": False}, "so nothing is left"),
         ({"pool_sizes": (4, 4), "pooling": "floor"}, r"FGCNN\.pooling is 'floor', which leaves 5 → 1 → 0 rows"),
         ({"use_raw": False, "share_embedding": False}, r"nothing would read the first of a value's two vectors"),
-        ({"share_embedding": False}, r"FGCNN\.share_embedding is False.*but the width is 3"),
+        ({"share_embedding": False}, r"FGCNN reads 2 vectors per value .*but the width is 3"),
     ],
 )
 def test_config_errors(options: dict[str, Any], message: str) -> None:

@@ -120,5 +120,5 @@ def test_one_field_has_no_pairs(config: Interaction.Config) -> None:
 
 
 def test_two_vectors_need_an_even_width() -> None:
-    with pytest.raises(ConfigError, match=r"FwFM\.linear is 'value'.*but the width is 3"):
+    with pytest.raises(ConfigError, match=r"FwFM with linear='value' reads 2 vectors.*but the width is 3"):
         FwFM(FwFM.Config(linear="value"), FieldLayout(("user", "item"), 3))

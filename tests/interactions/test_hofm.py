@@ -67,5 +67,5 @@ def test_config_errors() -> None:
         HOFM.Config(order=1)
     with pytest.raises(ConfigError, match=r"HOFM\.order is 6, but its input has fewer fields \(5\)"):
         HOFM(HOFM.Config(order=6), LAYOUT)
-    with pytest.raises(ConfigError, match=r"HOFM\.order is 5.*4 vectors side by side, but the width is 6.*vectors=4"):
+    with pytest.raises(ConfigError, match=r"HOFM reads 4 vectors per value \(5 fields\).*width is 6.*vectors=4"):
         HOFM(HOFM.Config(order=5), LAYOUT)
