@@ -1,4 +1,4 @@
-"""The models that ``train`` and ``peers`` compare: ctrlib's, and the same written plainly as CTR code in torch usually is."""
+"""The models that are compared with others: ctrlib's, and three written plainly as CTR code in torch usually is."""
 
 from __future__ import annotations
 
@@ -16,14 +16,46 @@ from ctrlib.schema import BatchLayout, SparseColumn
 from ctrlib.training import FitConfig, Precision
 
 HIDDEN, GATE_HIDDEN = (400, 400, 400), 800
-SETTINGS = {
-    "dcnv2": {"interaction.streams.0.num_layers": "3", "interaction.streams.1.hidden_units": "400,400,400"},
-    "final_mlp": {"block.mlp1.hidden_units": "400,400,400", "block.mlp1.norm": "none", "block.mlp2.hidden_units": "400,400,400",
-                  "block.mlp2.norm": "none", "block.num_heads": "1", "block.fs_hidden_units": "800"},
+_HIDDEN = ",".join(str(units) for units in HIDDEN)
+
+
+def _mlp(path: str, norm: str = "none") -> dict[str, str]:
+    """Settings of the MLP at this path: the benchmarks' layers, no dropout."""
+    return {f"{path}.hidden_units": _HIDDEN, f"{path}.norm": norm, f"{path}.dropout": "0"}
+
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "lr": {"embedding.dim": "1"},
+    "fm": {},
+    "dnn": _mlp("interaction"),
+    "wide_deep": _mlp("interaction"),
+    "deepfm": _mlp("interaction.streams.1"),
+    "dcn": {"interaction.streams.0.num_layers": "3"} | _mlp("interaction.streams.1"),
+    "dcnv2": {"interaction.streams.0.num_layers": "3"} | _mlp("interaction.streams.1"),
+    "dcn_mix": {"interaction.streams.0.num_layers": "3"} | _mlp("interaction.streams.1"),
+    "cross_net_v2": {"interaction.num_layers": "3"},
     "autoint": {},
-    "autoint_head8": {"interaction.head_dim": "8"},  # DeepCTR-Torch ties the heads' width to dim/heads
-    "deepfm": {"interaction.streams.1.hidden_units": "400,400,400,1", "interaction.streams.1.dropout": "0"},
+    "autoint_tied": {"interaction.head_dim": "{half}"},
+    "autoint_plus": {"interaction.streams.0.blocks.0.head_dim": "{half}"} | _mlp("interaction.streams.1"),
+    "dual_mlp": _mlp("interaction.streams.0") | _mlp("interaction.streams.1"),
+    "final_mlp": {"block.mlp1.hidden_units": _HIDDEN, "block.mlp1.norm": "none", "block.mlp2.hidden_units": _HIDDEN,
+                  "block.mlp2.norm": "none", "block.num_heads": "1", "block.fs_hidden_units": "800"},
+    "ipnn": _mlp("interaction.blocks.1"),
+    "opnn": {"interaction.blocks.0.kernel": "matrix"} | _mlp("interaction.blocks.1"),
+    "pnn": {"interaction.blocks.0.streams.1.kernel": "matrix"} | _mlp("interaction.blocks.1"),
+    "fwfm": {},
+    "fmfm": {},
+    "onn": {"embedding.dim": "4"} | _mlp("interaction.blocks.1"),
+    "cin": {"interaction.hidden_units": "64,64,64", "interaction.bias": "true"},
+    "xdeepfm": {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.0.blocks.0.bias": "true"}
+    | _mlp("interaction.streams.1"),
+    "fibinet": {"interaction.blocks.0.shared": "true"} | _mlp("interaction.blocks.1"),
+    "dlrm": _mlp("interaction.blocks.1"),
+    "afn": {"interaction.blocks.0.bias": "true"} | _mlp("interaction.blocks.1", norm="batch"),
+    "afm": {"interaction.blocks.0.dropout": "0"},
+    "nfm": {"interaction.blocks.0.norm": "false", "interaction.blocks.0.dropout": "0"} | _mlp("interaction.blocks.1"),
 }  # fmt: skip
+"""By preset, the sizes at which every library has the same model; ``_tied`` is not part of a preset's name."""
 
 
 def layout(sizes: Sequence[int]) -> BatchLayout:
@@ -34,7 +66,9 @@ def layout(sizes: Sequence[int]) -> BatchLayout:
 
 def ctrlib_model(name: str, sizes: Sequence[int], dim: int) -> ModelComponent:
     """ctrlib's model at the benchmark's sizes."""
-    config = override(preset(name.removesuffix("_head8")), {"embedding.dim": str(dim), **SETTINGS[name]}, COMPONENTS)
+    # DeepCTR-Torch ties the width of AutoInt's two heads to that of the embedding.
+    settings = {path: value.format(half=dim // 2) for path, value in SETTINGS[name].items()}
+    config = override(preset(name.removesuffix("_tied")), {"embedding.dim": str(dim), **settings}, COMPONENTS)
     return build_model(config, layout(sizes))
 
 

@@ -107,7 +107,35 @@ def _hiformer(data: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"embedding": _embedding, "train": _train, "peers": _peers, "loader": _loader, "prepare": _prepare}
+def _blocks(data: dict[str, Any]) -> str:
+    rows = [
+        [r["case"], r["model"], r["peer"]]
+        + [r[side] or r["stopped"].get(r["peer"] if side == "peer_ms" else "fp32", "") for side in ("peer_ms", "ms")]
+        + [r.get("ratio", "")]
+        for r in data["results"]
+    ]
+    notes = "".join(f"* {model}: {note}\n" for model, note in data["notes"].items())
+    reasons = dict.fromkeys(data["without_counterpart"].values())
+    alone = "".join(
+        f"* {reason}: {', '.join(model for model, why in data['without_counterpart'].items() if why == reason)}\n"
+        for reason in reasons
+    )
+    return (
+        f"A training step of the same model on both sides, 39 fields × 16 and 10 × 10, batch 4096, fp32; limits of a process: "
+        f"{data['seconds']:g} s and {data['memory'] / 2**30:g} GiB:\n\n"
+        + _table(["tables", "model", "peer", "its ms", "ctrlib's ms", "times faster"], rows)
+        + f"\n{notes}\nPresets without a counterpart:\n\n{alone}"
+    )
+
+
+SECTIONS = {
+    "embedding": _embedding,
+    "train": _train,
+    "peers": _peers,
+    "blocks": _blocks,
+    "loader": _loader,
+    "prepare": _prepare,
+}
 SECTIONS["hiformer"] = _hiformer
 
 

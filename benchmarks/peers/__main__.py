@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import BATCH, DIM, medians, print_table, vocabularies, write_result, zipf_ids
+from benchmarks.common import DIM, medians, print_table, write_result
 from benchmarks.models import ctrlib_fit, ctrlib_model
+from benchmarks.peers.sides import DEEPCTR, FUXICTR, OURS, PEERS, SPEED, interpreter, run, speed_data
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader
@@ -33,44 +32,19 @@ from ctrlib.metrics import auc
 from ctrlib.schema import DenseField, Schema, SparseField
 from ctrlib.training import Precision, fit, predict, seed_everything
 
-HERE = Path(__file__).resolve().parent
-PEERS = {
-    "FuxiCTR 2.3.10": ("fuxictr", ["fuxictr==2.3.10", "polars<2"]),
-    "DeepCTR-Torch 0.3.0": ("deepctr", ["deepctr-torch==0.3.0", "pandas", "requests"]),
-}
 PAIRS = (
-    ("FuxiCTR 2.3.10", "final_mlp"),
-    ("FuxiCTR 2.3.10", "dcnv2"),
-    ("FuxiCTR 2.3.10", "deepfm"),
-    ("DeepCTR-Torch 0.3.0", "dcnv2"),
-    ("DeepCTR-Torch 0.3.0", "deepfm"),
-    ("DeepCTR-Torch 0.3.0", "autoint_head8"),
+    (FUXICTR, "final_mlp"),
+    (FUXICTR, "dcnv2"),
+    (FUXICTR, "deepfm"),
+    (DEEPCTR, "dcnv2"),
+    (DEEPCTR, "deepfm"),
+    (DEEPCTR, "autoint_tied"),
 )
 SKIPPED = {
-    "FuxiCTR 2.3.10: autoint": "its wheel has no self-attention over fields to compose AutoInt from",
-    "DeepCTR-Torch 0.3.0: final_mlp": "not in its wheel",
+    f"{FUXICTR}: autoint": "its wheel has no interacting layer; benchmarks.blocks composes one",
+    f"{DEEPCTR}: final_mlp": "not in its wheel",
 }
-OURS: tuple[Precision, ...] = ("fp32", "bf16")
-SPEED = {"2M rows": (vocabularies(2_000_000), DIM), "5,000 rows": ([500] * 10, 10)}
 SEEDS = (0, 1, 2)
-
-
-def interpreter(envs: Path, peer: str) -> Path:
-    """The Python of the peer's environment, made if it is not there."""
-    name, packages = PEERS[peer]
-    python = envs / name / "bin" / "python"
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(envs / name)], check=True)
-        for wanted in (["torch==2.13.0"], packages):  # torch first: a range would pull another build
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
-    return python
-
-
-def speed_data(path: Path, sizes: list[int], dim: int) -> None:
-    """Zipf ids and random labels."""
-    ids = (zipf_ids(sizes) + 2).astype(np.int32).reshape(-1, len(sizes))
-    labels = (np.random.default_rng(0).random(len(ids)) < 0.25).astype(np.float32)
-    np.savez(path, ids=ids, labels=labels, sizes=sizes, dim=dim, batch=BATCH, epochs=1)
 
 
 def quality_data(path: Path, rows: int) -> None:
@@ -112,18 +86,6 @@ def ours(path: Path, name: str, seed: int, out: Path, precision: Precision, step
     test = Loader(split(data["test_ids"], data["test_labels"]), 8192)
     np.save(out, predict(model, test, precision=precision).probability)
     return 0.0
-
-
-def run(envs: Path, side: str, data: Path, name: str, seed: int, out: Path, steps: int) -> float:
-    """One process of one side; ctrlib's sides are called fp32 and bf16."""
-    arguments = [str(data), name, str(seed), str(out)]
-    if side in OURS:
-        command = [sys.executable, "-m", "benchmarks.peers", "--worker", *arguments, side, str(steps)]
-    else:
-        script = HERE / f"{PEERS[side][0]}_worker.py"
-        command = [str(interpreter(envs, side)), str(script), *arguments, *([str(steps)] if steps else [])]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(printed[-1]) if steps else 0.0
 
 
 def measure_speed(envs: Path, scratch: Path, rounds: int) -> list[dict[str, Any]]:
