@@ -135,9 +135,12 @@ class ARMNet(Interaction):
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, H, D], or [B, F + H, D] with ``keep_fields``."""
         weights_BHF = self.weights(self.gates(x_BFD)).transpose(1, 2)
-        y_BHD = weights_BHF @ self.exponential(x_BFD) if self.additive else self.exponential(weights_BHF @ x_BFD)
-        if self.norm is not None:
-            y_BHD = self.norm(y_BHD)
+        # No autocast: exponents start near 0, where half precision rounds the exponential to 1 and the norm magnifies the rest.
+        with torch.autocast(x_BFD.device.type, enabled=False):
+            values_BFD = x_BFD.to(weights_BHF.dtype)
+            y_BHD = weights_BHF @ self.exponential(values_BFD) if self.additive else self.exponential(weights_BHF @ values_BFD)
+            if self.norm is not None:
+                y_BHD = self.norm(y_BHD)
         return torch.cat([x_BFD, y_BHD.to(x_BFD.dtype)], dim=1) if self.keep_fields else y_BHD
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:

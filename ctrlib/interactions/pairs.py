@@ -99,6 +99,10 @@ class PairKernel(nn.Module):
     def forward(self, x_BFD: Tensor) -> Tensor:
         if isinstance(self.pairs, PairProducts):
             return self.pairs(x_BFD) * self.weight
-        left_BPD, right_BPD = self.pairs(x_BFD)
-        left_BPD = left_BPD * self.weight if self.weight.dim() == 2 else torch.einsum("bpd,pde->bpe", left_BPD, self.weight)
-        return (left_BPD * right_BPD).sum(dim=2)
+        if self.weight.dim() == 2:
+            left_BPD, right_BPD = self.pairs(x_BFD)
+            return (left_BPD * self.weight * right_BPD).sum(dim=2)
+        # Pairs first: one small matmul per pair, of rows that lie side by side, which is faster on a CPU.
+        x_FBD = x_BFD.transpose(0, 1).contiguous()
+        left_PBD, right_PBD = x_FBD.index_select(0, self.pairs.left), x_FBD.index_select(0, self.pairs.right)
+        return ((left_PBD @ self.weight) * right_PBD).sum(dim=2).T

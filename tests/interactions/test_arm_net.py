@@ -187,6 +187,16 @@ def test_input_is_left_alone_and_kept_where_asked() -> None:
     assert both.double()(x_BFD).shape == (5, 1, 1)
 
 
+@pytest.mark.parametrize("neuron", ["exp", "additive"])
+def test_half_precision_keeps_what_the_exponential_adds_to_one(neuron: str) -> None:
+    """At the start exponents are some thousandths, and the norm divides by how much their exponentials differ."""
+    block, x_BFD = arm_net(neuron=neuron).float().train(), 0.1 * randn(64, 4, 3).float()
+    expected_BHD = block(x_BFD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shown_BHD = block(x_BFD)
+    assert (shown_BHD - expected_BHD).abs().max() < 0.05 * expected_BHD.abs().max()
+
+
 def test_exponent_clip() -> None:
     block, x_BFD = awake(arm_net(norm="none")), 5 * randn(5, 4, 3)
     clipped = arm_net(norm="none", exponent_clip=1.0)
