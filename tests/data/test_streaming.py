@@ -362,7 +362,7 @@ def test_leaving_a_stream_waits_for_no_window_and_leaves_no_thread(
     start = time.perf_counter()
     del iterator
     gc.collect()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5  # of the 10 that the rest would take
     assert set(threading.enumerate()) == before
 
 
