@@ -22,7 +22,8 @@ SETTINGS = {
                   "block.mlp2.norm": "none", "block.num_heads": "1", "block.fs_hidden_units": "800"},
     "autoint": {},
     "autoint_head8": {"interaction.head_dim": "8"},  # DeepCTR-Torch ties the heads' width to dim/heads
-    "deepfm": {"interaction.streams.1.hidden_units": "400,400,400,1", "interaction.streams.1.dropout": "0"},
+    "deepfm": {"interaction.streams.1.hidden_units": "400,400,400", "interaction.streams.1.output_dim": "1",
+               "interaction.streams.1.dropout": "0"},
 }  # fmt: skip
 
 

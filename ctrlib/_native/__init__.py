@@ -16,7 +16,6 @@ from typing import Any
 import torch  # before the kernel, so that both use one pool of OpenMP threads
 from torch import Tensor
 
-
 _VERSION = 1  # of what C and Python expect of each other; the same number stands in kernel.c
 
 
