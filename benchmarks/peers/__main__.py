@@ -3,6 +3,7 @@
 Each peer runs in a virtual environment of its own, made on first use under ``--envs``. Speed: 39 fields in Criteo's proportions
 with 2 million rows × 16, and 10 fields with 5,000 rows × 10 (Frappe's size); batch 4096; processes take turns. FuxiCTR's
 training step is timed on batches in memory, without its loading; DeepCTR-Torch's ``fit`` and ctrlib's ``fit`` with loading.
+DeepCTR-Torch's DCN and AutoInt have a first-order part, as it builds them, which ctrlib's have not.
 Quality: the Kaggle sample of Criteo's logs (``$CTRLIB_DATA``) as 39 sparse fields; the same encoded rows, sizes, batch and
 learning rate of the net; no L2, no dropout; every side's epoch of the best validation AUC, of ten; 3 seeds.
 """
@@ -152,14 +153,18 @@ def measure_speed(envs: Path, scratch: Path, rounds: int) -> list[dict[str, Any]
     return lines
 
 
-def measure_quality(envs: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Test AUC of every pair over the seeds."""
+def measure_quality(envs: Path, scratch: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test AUC of every pair over the seeds; what is in ``kept`` is not measured again."""
     path, out, lines = scratch / "quality.npz", scratch / "predictions.npy", []
     quality_data(path, scratch)
     data = np.load(path)
     labels, valid_rows = data["held_out_labels"], int(data["valid_rows"])
     for name in dict.fromkeys(name for _, name in PAIRS):
         for side in (*OURS, *(peer for peer, model in PAIRS if model == name)):
+            line = next((line for line in kept if (line["model"], line["side"]) == (name, side)), None)
+            if line is not None:
+                lines.append(line)
+                continue
             found = []
             for seed in SEEDS:
                 run(envs, side, path, name, seed, out, 0)
@@ -179,6 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=("speed", "quality"), help="measure this one, keep the committed figures of the other"
     )
+    parser.add_argument("--keep-peers", action="store_true", help="keep the peers' quality, measure ctrlib's again")
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -191,10 +197,11 @@ def main() -> None:
     for model, reason in SKIPPED.items():
         print(f"skipped: {model}: {reason}")
     with tempfile.TemporaryDirectory() as folder:
-        kept = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8")) if arguments.part else {}
+        kept = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8")) if arguments.part else {"quality": []}
+        peers = [line for line in kept["quality"] if line["side"] not in OURS and arguments.keep_peers]
         scratch, part = Path(folder), arguments.part
         speed = kept["speed"] if part == "quality" else measure_speed(arguments.envs, scratch, arguments.rounds)
-        quality = kept["quality"] if part == "speed" else measure_quality(arguments.envs, scratch)
+        quality = kept["quality"] if part == "speed" else measure_quality(arguments.envs, scratch, peers)
     print_table(
         ["tables", "peer", "model", "peer's rows/s", "ctrlib fp32", "ratio", "ctrlib bf16", "ratio"],
         [
