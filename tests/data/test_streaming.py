@@ -366,14 +366,6 @@ def test_leaving_a_stream_waits_for_no_window_and_leaves_no_thread(
     assert set(threading.enumerate()) == before
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C raises, also in a process that a script started in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("waits_end", [False, True])
 def test_ctrl_c_while_a_window_is_read(
