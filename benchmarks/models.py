@@ -49,11 +49,11 @@ SETTINGS: dict[str, dict[str, str]] = {
     "cin": {"interaction.hidden_units": "64,64,64", "interaction.bias": "true"},
     "xdeepfm": {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.0.blocks.0.bias": "true"}
     | _mlp("interaction.streams.1"),
-    "fibinet": {"interaction.blocks.0.shared": "true"} | _mlp("interaction.blocks.1"),
+    "fibinet": {"interaction.blocks.0.share_bilinear": "true"} | _mlp("interaction.blocks.1"),
     "dlrm": _mlp("interaction.blocks.1"),
     "afn": {"interaction.blocks.0.bias": "true"} | _mlp("interaction.blocks.1", norm="batch"),
     "afm": {"interaction.blocks.0.dropout": "0"},
-    "nfm": {"interaction.blocks.0.norm": "false", "interaction.blocks.0.dropout": "0"} | _mlp("interaction.blocks.1"),
+    "nfm": {"interaction.blocks.0.norm": "none", "interaction.blocks.0.dropout": "0"} | _mlp("interaction.blocks.1"),
 }  # fmt: skip
 """By preset, the sizes at which every library has the same model; ``_tied`` is not part of a preset's name."""
 

@@ -23,7 +23,7 @@ OptimizerName = Literal["adam", "adamw", "adagrad", "sgd"]
 EmbeddingOptimizerName = Literal["dense", "sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "rowwise_adam", "adam"]
 ScheduleName = Literal["constant", "plateau", "cosine"]
 
-ADAGRAD_FACTOR = 20.0
+ADAGRAD_FACTOR = 10.0
 """Default learning rate of tables under Adagrad, whose steps only ever shrink, in terms of the net's under Adam."""
 
 
@@ -39,7 +39,7 @@ class OptimizerConfig:
             :mod:`ctrlib.rowwise`; docs/training.md compares them.
         learning_rate: of every parameter that is not an embedding table.
         embedding_learning_rate: of the embedding tables; ``None``: ``learning_rate``, for ``adagrad`` and ``rowwise_adagrad``
-            20 times that (experiments/optimizers).
+            10 times that (experiments/optimizers).
         weight_decay: of parameters other than embedding tables; added to the gradient after clipping, or decoupled from it
             (``adamw``, arXiv:1711.05101).
         embedding_l2: λ of (λ/2)·‖W‖² over the embedding tables.

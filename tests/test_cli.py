@@ -352,6 +352,7 @@ def start(data: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_saves_the_best_weights(call: Call, data: Path, tmp_path: Path) -> None:
     process = start(data, tmp_path / "run")
     process.send_signal(signal.SIGINT)

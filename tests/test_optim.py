@@ -47,10 +47,10 @@ def test_groups_keep_tables_apart() -> None:
 
 def test_learning_rate_of_tables() -> None:
     assert OptimizerConfig(learning_rate=2e-3, embedding="lazy_adam").table_learning_rate == 2e-3
-    assert OptimizerConfig(learning_rate=2e-3, embedding="rowwise_adagrad").table_learning_rate == pytest.approx(4e-2)
+    assert OptimizerConfig(learning_rate=2e-3, embedding="rowwise_adagrad").table_learning_rate == pytest.approx(2e-2)
     assert OptimizerConfig(learning_rate=2e-3, embedding="adagrad", embedding_learning_rate=0.1).table_learning_rate == 0.1
     table = EmbeddingTable(3, 2)
-    assert [group["lr"] for group in build_optimizer(table, OptimizerConfig(embedding="adagrad")).param_groups] == [2e-2]
+    assert [group["lr"] for group in build_optimizer(table, OptimizerConfig(embedding="adagrad")).param_groups] == [1e-2]
     # a table that the net's optimizer updates learns as the net does
     assert [group["lr"] for group in build_optimizer(Net(), OptimizerConfig(embedding="adagrad")).param_groups] == [1e-3, 1e-3]
 

@@ -502,3 +502,10 @@ def test_every_kind_of_column_trains_row_wise() -> None:
     optimizer.close()
     changed = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
     assert {name for name in before if name.endswith("rows.weight")} <= set(changed)
+
+
+@pytest.mark.skipif(_native.kernel() is None, reason="the kernel is not built")
+def test_kernel_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_VERSION", -1)
+    with pytest.warns(UserWarning, match="was built for another version of ctrlib and is not used; install ctrlib again"):
+        assert _native.kernel.__wrapped__() is None

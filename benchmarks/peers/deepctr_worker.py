@@ -1,7 +1,7 @@
 """DeepCTR-Torch's side, run by the Python of its own environment: ``deepctr_worker.py DATA.npz MODEL SEED OUT.npy [STEPS]``.
 
 With STEPS, prints the rows/s of so many steps of its ``fit``, loading included, as its users run it; else trains and writes the
-predictions of the test rows.
+predictions of the held-out rows after every epoch [epochs, rows].
 """
 
 import sys
@@ -88,8 +88,11 @@ def main():
         model.fit(inputs(data["ids"][rows]), data["labels"][rows], batch_size=batch, epochs=1, verbose=0)
         print(len(rows) / (time.perf_counter() - start))
         return
-    model.fit(inputs(data["ids"]), data["labels"], batch_size=batch, epochs=int(data["epochs"]), verbose=0)
-    np.save(out, model.predict(inputs(data["test_ids"]), 8192)[:, 0])
+    found = []
+    for _ in range(int(data["epochs"])):
+        model.fit(inputs(data["ids"]), data["labels"], batch_size=batch, epochs=1, verbose=0)
+        found.append(model.predict(inputs(data["held_out_ids"]), 8192)[:, 0])
+    np.save(out, np.stack(found))
 
 
 if __name__ == "__main__":

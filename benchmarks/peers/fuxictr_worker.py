@@ -1,7 +1,7 @@
 """FuxiCTR's side, run by the Python of its own environment: ``fuxictr_worker.py DATA.npz MODEL SEED OUT.npy [STEPS]``.
 
-With STEPS, prints the rows/s of so many steps; else trains and writes the predictions of the test rows. Its wheel has the
-layers and the training step but not these models, so they are composed here.
+With STEPS, prints the rows/s of so many steps; else trains and writes the predictions of the held-out rows after every epoch
+[epochs, rows]. Its wheel has the layers and the training step but not these models, so they are composed here.
 """
 
 import sys
@@ -201,14 +201,17 @@ def main():
             model.train_step(ready[i % len(ready)])
         print(int(steps[0]) * batch / (time.perf_counter() - start))
         return
+    held_out = torch.from_numpy(data["held_out_ids"]).long()
+    found = []
     for _ in range(int(data["epochs"])):
+        model.train()
         for one in batches(ids, labels, torch.randperm(len(ids))):
             model.train_step(one)
-    model.eval()
-    test = torch.from_numpy(data["test_ids"]).long()
-    with torch.no_grad():
-        found = [model(one)["y_pred"][:, 0] for one in batches(test, torch.zeros(len(test)), torch.arange(len(test)))]
-    np.save(out, torch.cat(found).numpy())
+        model.eval()
+        with torch.no_grad():
+            rows = batches(held_out, torch.zeros(len(held_out)), torch.arange(len(held_out)))
+            found.append(torch.cat([model(one)["y_pred"][:, 0] for one in rows]))
+    np.save(out, torch.stack(found).numpy())
 
 
 if __name__ == "__main__":

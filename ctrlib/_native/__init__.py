@@ -7,6 +7,7 @@ values; :mod:`ctrlib.data.vocabulary` also does it in NumPy. They are only faste
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch  # before the kernel, so that both use one pool of OpenMP threads
 from torch import Tensor
+
+_VERSION = 1  # of what C and Python expect of each other; the same number stands in kernel.c
 
 
 class TableStruct(ctypes.Structure):
@@ -30,7 +33,7 @@ class TableStruct(ctypes.Structure):
 
 @cache
 def kernel() -> Any:
-    """The loaded library, or ``None`` where it was not built."""
+    """The loaded library, or ``None`` where it was not built, or for another version of this file."""
     here = Path(__file__).parent
     path = next((p for suffix in EXTENSION_SUFFIXES if (p := here / f"kernel{suffix}").is_file()), None)
     if path is None:
@@ -38,6 +41,9 @@ def kernel() -> Any:
     try:
         library = ctypes.CDLL(str(path))
     except OSError:  # built for another machine, or without its OpenMP library
+        return None
+    if getattr(library, "ctrlib_version", lambda: 0)() != _VERSION:
+        warnings.warn(f"{path} was built for another version of ctrlib and is not used; install ctrlib again", stacklevel=2)
         return None
     pointer, size, number, table = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(TableStruct)
     library.ctrlib_gather.argtypes = [pointer, number, pointer, pointer, size, size, size, number]

@@ -367,3 +367,5 @@ void ctrlib_update(const Table *t, const int64_t *rows, const float *sums, const
     for (int me = 0; me < threads; ++me)
         update_range(t, &r, rows + start[me], sums + start[me] * t->dim, count[me]);
 }
+
+int ctrlib_version(void) { return 1; } /* _VERSION of __init__.py */

@@ -129,6 +129,8 @@ def test_finding_values_whatever_their_hashes(bits: int, kind: str, native: bool
         sliced = vocabulary._Index(pa.array([*values[:2], *known], arrow).slice(2))
         assert sliced.find(pa.array(asked, arrow)).tolist() == index.find(pa.array(asked, arrow)).tolist()
         assert index.find(pa.array([], arrow)).tolist() == []
+        with_null = vocabulary._Index(pa.array([None, *known], arrow), 0)  # in its place in memory stands "" or 0
+        assert with_null.find(pa.array(asked, arrow)).tolist() == [known.index(v) + 1 if v in known else -1 for v in asked]
 
 
 def test_both_ways_of_finding_agree_on_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
