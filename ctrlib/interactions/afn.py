@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ctrlib.config import positive
 from ctrlib.interactions.base import Interaction
@@ -60,13 +61,14 @@ class LogTransform(Interaction):
         # No autocast: exp turns an absolute error of the exponent, a sum of logarithms down to ln ε, into a relative one.
         with torch.autocast(x_BFD.device.type, enabled=False):
             log_BFD = x_BFD.to(self.orders_LF.dtype).abs().clamp(min=self.eps).log()
+            # N = B·D: a coordinate is a row, so that all neurons are one matmul and channels lie side by side for the norms.
+            log_NF = log_BFD.transpose(1, 2).flatten(0, 1)
             if self.norm_log is not None:
-                log_BFD = self.norm_log(log_BFD)
-            y_BLD = self.orders_LF @ log_BFD
-            if self.bias_L is not None:
-                y_BLD = y_BLD + self.bias_L.unsqueeze(1)
-            y_BLD = y_BLD.exp()
-            return y_BLD if self.norm_exp is None else cast(Tensor, self.norm_exp(y_BLD))
+                log_NF = self.norm_log(log_NF)
+            y_NL = F.linear(log_NF, self.orders_LF, self.bias_L).exp()
+            if self.norm_exp is not None:
+                y_NL = self.norm_exp(y_NL)
+            return y_NL.view(x_BFD.shape[0], x_BFD.shape[2], -1).transpose(1, 2)
 
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"orders"`` [B, L, F]: the power of every field in every neuron, the same for all rows.
