@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, pair_labels
 from ctrlib.schema import FieldLayout
 
 
@@ -54,6 +54,7 @@ class AFM(Interaction):
         self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.out = FieldLayout(("afm",), layout.dim)
+        self.axes = {"attention": (pair_labels(layout.names),)}
 
     def pairs(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → products of all pairs [B, P, D], P = F (F − 1) / 2, ordered (0, 1), (0, 2), …, (1, 2), …"""
@@ -69,9 +70,7 @@ class AFM(Interaction):
         attention_B1P = self.attention_dropout(self.attention(pairs_BPD)).unsqueeze(1)
         return cast(Tensor, self.dropout(attention_B1P.to(pairs_BPD.dtype) @ pairs_BPD))
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"attention"`` [B, F, F], before dropout: entry (i, j) with i < j is the weight of that pair, the rest is 0."""
-        attention_BP = self.attention(self.pairs(x_BFD))
-        shown_BFF = attention_BP.new_zeros(len(x_BFD), x_BFD.shape[1], x_BFD.shape[1])
-        shown_BFF[:, self.first_P, self.second_P] = attention_BP
-        return {"attention": shown_BFF}
+        """``"attention"`` [B, P], before dropout: the weight of every pair."""
+        return {"attention": self.attention(self.pairs(x_BFD))}

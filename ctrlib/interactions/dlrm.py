@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, pair_labels
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout, suggest
 
@@ -75,6 +75,8 @@ class DotInteraction(Interaction):
         pair_index = [i * count + j for i, j in combinations(range(count), 2)]
         self.register_buffer("pair_index", torch.tensor(pair_index), persistent=False)
         self.out = FieldLayout(("dots",), len(pair_index) + (layout.dim if config.bottom_fields else 0))
+        names = tuple(layout.names[i] for i in others)
+        self.axes = {"product": (pair_labels(("bottom", *names) if config.bottom_fields else names),)}
 
     def vectors(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → z [B, K+1, D], the bottom's output first; x itself without bottom fields."""
@@ -83,13 +85,17 @@ class DotInteraction(Interaction):
         z0_B1D = self.bottom(x_BFD.index_select(1, self.bottom_index))
         return torch.cat([z0_B1D, x_BFD.index_select(1, self.other_index)], dim=1)
 
+    def products(self, z_BKD: Tensor) -> Tensor:
+        """[B, K+1, D] → ⟨z_i, z_j⟩ of all pairs [B, P]."""
+        return (z_BKD @ z_BKD.transpose(1, 2)).flatten(1).index_select(1, self.pair_index)
+
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, width]."""
         z_BKD = self.vectors(x_BFD)
-        dots_BP = (z_BKD @ z_BKD.transpose(1, 2)).flatten(1).index_select(1, self.pair_index)
+        dots_BP = self.products(z_BKD)
         return (dots_BP if self.bottom is None else torch.cat([z_BKD[:, 0], dots_BP], dim=-1)).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"dots"`` [B, K+1, K+1], ⟨z_i, z_j⟩, in the order of ``vectors``."""
-        z_BKD = self.vectors(x_BFD)
-        return {"dots": z_BKD @ z_BKD.transpose(1, 2)}
+        """``"product"`` [B, P], the inner products; the bottom's output is called ``"bottom"``."""
+        return {"product": self.products(self.vectors(x_BFD))}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.inner_product import pair_names
 from ctrlib.schema import FieldLayout
 
@@ -30,7 +30,7 @@ class FFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        pair_names(layout, "FFM")  # refuses a single field
+        self.axes = {"pair": (pair_names(layout, "FFM"),)}
         width_of_one("FFM", layout, layout.num_fields - 1, "others")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)
@@ -40,6 +40,7 @@ class FFM(Interaction):
         pair_BP: Tensor = self.products(x_BFD)
         return pair_BP.sum(dim=1, keepdim=True).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit."""
         return {"pair": self.products(x_BFD)}

@@ -12,7 +12,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.inner_product import PairKernel, PairProducts, pair_names
 from ctrlib.schema import FieldLayout
 
@@ -52,6 +52,7 @@ class FwFM(Interaction):
         self.strength = nn.Linear(len(names), 1, bias=config.bias)
         self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None
         self.out = FieldLayout(("fwfm",), 1)
+        self.axes = {"pair": (names,)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
@@ -63,6 +64,7 @@ class FwFM(Interaction):
             y_B1 = y_B1 + self.linear(v_BFD.flatten(1))
         return y_B1.unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, r_ij ⟨v_i, v_j⟩."""
         return {"pair": self.products(self._vectors(x_BFD)) * self.strength.weight}
@@ -87,7 +89,7 @@ class FmFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        pair_names(layout, "FmFM")  # refuses a single field
+        self.axes = {"pair": (pair_names(layout, "FmFM"),)}
         self.kernel = PairKernel(config.kernel, layout)
         self.out = FieldLayout(("fmfm",), 1)
 
@@ -95,6 +97,7 @@ class FmFM(Interaction):
         """[B, F, D] → [B, 1, 1]."""
         return cast(Tensor, self.kernel(x_BFD)).sum(dim=1, keepdim=True).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, v_iᵀ M_ij v_j."""
         return {"pair": self.kernel(x_BFD)}

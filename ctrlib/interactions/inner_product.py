@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, pair_labels
 from ctrlib.schema import FieldLayout
 
 Kernel = Literal["matrix", "vector", "number"]
@@ -28,10 +28,9 @@ def pair_names(layout: FieldLayout, block: str) -> tuple[str, ...]:
     Raises:
         ConfigError: a single field, which has no pairs; ``block`` names who asks.
     """
-    names = layout.names
-    if len(names) < 2:
-        raise ConfigError(f"{block} multiplies pairs of fields, but its input has the single field {names[0]!r}")
-    return tuple(f"{a}*{b}" for i, a in enumerate(names) for b in names[i + 1 :])
+    if layout.num_fields < 2:
+        raise ConfigError(f"{block} multiplies pairs of fields, but its input has the single field {layout.names[0]!r}")
+    return pair_labels(layout.names)
 
 
 class InnerProduct(Interaction):
@@ -57,11 +56,13 @@ class InnerProduct(Interaction):
         self.linear_signal = config.linear_signal
         self.products = PairProducts(layout)
         self.out = _product_layout(config.linear_signal, layout, names)
+        self.axes = {"product": (names,)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D + P] or [B, P, 1]."""
         return _product_layer(self.linear_signal, x_BFD, self.products(x_BFD))
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"product"`` [B, P], the inner products."""
         return {"product": self.products(x_BFD)}
@@ -96,7 +97,9 @@ class OuterProduct(Interaction):
         self.linear_signal = config.linear_signal
         self.kernel = None if config.kernel == "none" else PairKernel(config.kernel, layout)
         if self.kernel is not None:
-            self.out = _product_layout(config.linear_signal, layout, pair_names(layout, "OuterProduct"))
+            names = pair_names(layout, "OuterProduct")
+            self.out = _product_layout(config.linear_signal, layout, names)
+            self.axes = {"product": (names,)}
         elif config.linear_signal:
             self.out = FieldLayout(("product",), layout.width + layout.dim**2)
         else:
@@ -110,6 +113,7 @@ class OuterProduct(Interaction):
         outer_BDD = sum_BD.unsqueeze(2) * sum_BD.unsqueeze(1)
         return torch.cat([x_BFD.flatten(1), outer_BDD.flatten(1)], dim=1).unsqueeze(1) if self.linear_signal else outer_BDD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"product"`` [B, P], the kernel products, where there are any."""
         return {} if self.kernel is None else {"product": self.kernel(x_BFD)}
