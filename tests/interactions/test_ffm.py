@@ -82,7 +82,7 @@ def test_equal_vectors_for_all_fields_are_a_factorization_machine() -> None:
 def test_every_vector_meets_exactly_one_other() -> None:
     x_BFD = randn(1, 4, 6).requires_grad_()
     block = FFM(FFM.Config(), FieldLayout(NAMES, 6))
-    for pair in block.explain(x_BFD)["pair"][0]:
+    for pair in block.products(x_BFD)[0]:
         (grad_BFD,) = torch.autograd.grad(pair, x_BFD, retain_graph=True)
         assert int(grad_BFD.reshape(4, 3, 2).any(dim=2).sum()) == 2
     (grad_BFD,) = torch.autograd.grad(block(x_BFD).sum(), x_BFD)
