@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ctrlib.batch import Batch
 from ctrlib.config import Table, from_json, to_json
 from ctrlib.data.encoder import Encoder
-from ctrlib.data.source import open_source
+from ctrlib.data.source import Source, open_source
 from ctrlib.files import WRITER, new_folder, sha256, write_json
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
@@ -26,6 +26,14 @@ from ctrlib.training import predict
 
 _FORMAT = 1
 _BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Something that a model shows of N rows: ``values`` [N, …], and the labels of each axis after the first."""
+
+    values: npt.NDArray[np.float64]
+    labels: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,41 @@ class Artifact:
         Raises:
             DataError: a column is missing, or a value cannot be what its field says; names the column and the row.
         """
-        table = open_source(data)
+        table = self._open(data)
         if table.num_rows == 0:
-            if table.types:  # an empty list of rows has no columns to look at
-                table.require([f.name for f in self.schema.fields], ", which the model reads")
             return np.zeros((0,) if len(self.schema.labels) == 1 else (0, len(self.schema.labels)))
         return predict(self.model, self.batches(table, labels=False)).probability
+
+    def explain(self, data: object) -> dict[str, Explanation]:
+        """What the model has to show of raw rows, by name: attention, gates, strengths of pairs; empty where there is nothing.
+
+        Attention maps of many rows are large: ask for those that are to be looked at. See :class:`~ctrlib.interactions.base.
+        Interaction` for the names.
+
+        Args:
+            data: as for :meth:`predict`.
+
+        Raises:
+            DataError: as :meth:`predict`.
+        """
+        table = self._open(data)
+        parts = {name: [np.zeros((0, *map(len, labels)))] for name, labels in self.model.axes.items()}
+        where = next(self.model.parameters()).device
+        for batch in self.batches(table, labels=False) if table.num_rows else ():
+            for name, value in self.model.explain(batch.to(where)).items():
+                parts[name].append(value.double().cpu().numpy())
+        return {name: Explanation(np.concatenate(parts[name]), labels) for name, labels in self.model.axes.items()}
 
     def batches(self, data: object, *, labels: bool) -> Iterator[Batch]:
         """The rows, encoded, a few thousand at a time."""
         return (block.batch() for block in self.encoder.encode(data, labels=labels, block_rows=_BLOCK_ROWS))
+
+    def _open(self, data: object) -> Source:
+        """The rows, of which there may be none; then the columns are checked here."""
+        table = open_source(data)
+        if table.num_rows == 0 and table.types:  # an empty list of rows has no columns to look at
+            table.require([f.name for f in self.schema.fields], ", which the model reads")
+        return table
 
 
 def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: ModelComponent.Config) -> None:

@@ -186,6 +186,27 @@ def test_a_missing_column_is_named(loaded: artifact.Artifact, rows: int) -> None
         loaded.predict(table)
 
 
+def test_raw_rows_are_explained_with_labels(data: Path, tmp_path: Path) -> None:
+    table = pq.read_table(data / "test.parquet")
+    encoder = Encoder.fit(SCHEMA, table)
+    config = configure("fm", options={"model.embedding.dim": "4"}).model
+    artifact.save(tmp_path / "a", encoder, build_model(config, encoder.layout), config)
+    loaded = artifact.load(tmp_path / "a")
+    shown = loaded.explain(table)
+    with torch.no_grad():
+        expected = loaded.model.explain(loaded.encoder.transform(table))
+    assert list(shown) == list(expected) == ["pair", "first_order/field"]
+    for name, explanation in shown.items():
+        np.testing.assert_allclose(explanation.values, expected[name].double().numpy(), rtol=0, atol=1e-6)
+        assert explanation.values.shape == (401, *map(len, explanation.labels))
+    assert shown["first_order/field"].labels == (tuple(loaded.info["fields"]),)
+    none = loaded.explain([])
+    assert {name: e.values.shape[0] for name, e in none.items()} == dict.fromkeys(shown, 0)
+    assert {name: e.labels for name, e in none.items()} == {name: e.labels for name, e in shown.items()}
+    with pytest.raises(DataError, match="no column 'city', which the model reads"):
+        loaded.explain(table.drop_columns(["city"]).slice(0, 0))
+
+
 def test_what_is_loaded_is_what_was_saved(run: Path, loaded: artifact.Artifact) -> None:
     assert loaded.schema == SCHEMA
     assert loaded.config == tiny().model

@@ -100,6 +100,14 @@ def test_public_names_are_sorted_complete_and_there() -> None:
         _ = ctrlib.nonsense
 
 
+def test_every_page_is_in_the_index_and_every_preset_on_a_page() -> None:
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(((?:papers/)?\w+\.md)\)", (docs / "index.md").read_text(encoding="utf-8"))) == pages
+    text = "".join(page.read_text(encoding="utf-8") for page in (docs / "papers").glob("*.md"))
+    assert [name for name in ctrlib.PRESETS if f"`{name}`" not in text] == []
+
+
 def _blocks() -> list[tuple[str, str]]:
     found = []
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):

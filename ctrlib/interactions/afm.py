@@ -8,8 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
-from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.pairs import Pairs, check_pairs
+from ctrlib.interactions.base import Interaction, evaluating
+from ctrlib.interactions.pairs import Pairs, check_pairs, pair_labels
 from ctrlib.schema import FieldLayout
 
 
@@ -49,6 +49,7 @@ class AFM(Interaction):
         self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.out = FieldLayout(("afm",), layout.dim)
+        self.axes = {"attention": (pair_labels(layout.names),)}
 
     def products(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → x_i ⊙ x_j of all pairs [B, P, D]."""
@@ -65,9 +66,7 @@ class AFM(Interaction):
         attention_B1P = self.attention_dropout(self.attention(pairs_BPD)).unsqueeze(1)
         return cast(Tensor, self.dropout(attention_B1P.to(pairs_BPD.dtype) @ pairs_BPD))
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"attention"`` [B, F, F], before dropout: entry (i, j) with i < j is the weight of that pair, the rest is 0."""
-        attention_BP = self.attention(self.products(x_BFD))
-        shown_BFF = attention_BP.new_zeros(len(x_BFD), x_BFD.shape[1], x_BFD.shape[1])
-        shown_BFF[:, self.pairs.left, self.pairs.right] = attention_BP
-        return {"attention": shown_BFF}
+        """``"attention"`` [B, P], before dropout: the weight of every pair."""
+        return {"attention": self.attention(self.products(x_BFD))}

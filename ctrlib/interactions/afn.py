@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -54,7 +54,8 @@ class LogTransform(Interaction):
         self.bias_L = nn.Parameter(torch.zeros(config.num_neurons)) if config.bias else None
         self.norm_log = nn.BatchNorm1d(layout.num_fields) if config.norm == "batch" else None
         self.norm_exp = nn.BatchNorm1d(config.num_neurons) if config.norm == "batch" else None
-        self.out = FieldLayout(tuple(f"log_{j}" for j in range(config.num_neurons)), layout.dim)
+        self.out = FieldLayout(numbered("log", config.num_neurons), layout.dim)
+        self.axes = {"orders": (self.out.names, layout.names)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, L, D]."""
@@ -70,12 +71,13 @@ class LogTransform(Interaction):
                 y_NL = self.norm_exp(y_NL)
             return y_NL.view(x_BFD.shape[0], x_BFD.shape[2], -1).transpose(1, 2)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"orders"`` [B, L, F]: the power of every field in every neuron, the same for all rows.
 
         Batch normalisation scales the logarithms: with it the power of an embedding is w·γ/σ of its field, as in eval mode.
         """
-        orders_LF: Tensor = self.orders_LF
+        orders_LF: Tensor = self.orders_LF.clone()
         if self.norm_log is not None:
             variance_F = cast(Tensor, self.norm_log.running_var)
             orders_LF = orders_LF * self.norm_log.weight * torch.rsqrt(variance_F + self.norm_log.eps)

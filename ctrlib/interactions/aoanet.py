@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -46,7 +46,9 @@ class GeneralizedInteraction(Interaction):
         subspaces, fields = config.num_subspaces, layout.num_fields
         inputs = [fields] + [subspaces] * (config.num_layers - 1)
         self.layers = nn.ModuleList(GeneralizedLayer(before, subspaces, fields, layout.dim) for before in inputs)
-        self.out = FieldLayout(tuple(f"aoa_{s}" for s in range(subspaces)), layout.dim)
+        names = numbered("aoa", subspaces)
+        self.out = FieldLayout(names, layout.dim)
+        self.axes = {f"weights/{i}": (names, names if i else layout.names, layout.names) for i in range(config.num_layers)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, S, D]."""
@@ -55,10 +57,11 @@ class GeneralizedInteraction(Interaction):
             b_BMD = layer(x_BFD, b_BMD)
         return b_BMD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """The weights α, the same for all rows: ``"weights/0"``, ... of shape [B, S, M, F]; M are the layer's inputs."""
         weights = [cast(GeneralizedLayer, layer).weight_SMF for layer in self.layers]
-        return {f"weights/{i}": w.expand(len(x_BFD), -1, -1, -1) for i, w in enumerate(weights)}
+        return {f"weights/{i}": w.clone().expand(len(x_BFD), -1, -1, -1) for i, w in enumerate(weights)}
 
 
 class GeneralizedLayer(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.entmax import entmax
 from ctrlib.schema import FieldLayout
 
@@ -109,6 +109,8 @@ class ARMNet(Interaction):
         self.keep_fields = config.keep_fields
         names = tuple(f"arm_{k}_{i}" for k in range(heads) for i in range(neurons))
         self.out = FieldLayout((*layout.names, *names) if config.keep_fields else names, layout.dim)
+        self.axes = {"gates": (names, layout.names)} if gated else {}
+        self.axes |= {"weights": (names, layout.names)}
 
     def gates(self, x_BFD: Tensor) -> Tensor | None:
         """[B, F, D] → z [B, F, H], each column summing to 1; ``None`` without gates."""
@@ -143,10 +145,11 @@ class ARMNet(Interaction):
                 y_BHD = self.norm(y_BHD)
         return torch.cat([x_BFD, y_BHD.to(x_BFD.dtype)], dim=1) if self.keep_fields else y_BHD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"gates"`` z and ``"weights"`` w, both [B, H, F]: row i says which fields neuron i joins, and with which power."""
         gates_BFH = self.gates(x_BFD)
-        shown = {"weights": self.weights(gates_BFH).transpose(1, 2).expand(len(x_BFD), -1, -1)}
+        shown = {"weights": self.weights(gates_BFH).transpose(1, 2).clone().expand(len(x_BFD), -1, -1)}
         return shown if gates_BFH is None else {"gates": gates_BFH.transpose(1, 2), **shown}
 
 

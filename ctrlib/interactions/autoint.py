@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -89,6 +89,8 @@ class AutoInt(Interaction):
         widths = [layout.dim] + [width] * config.num_layers
         self.layers = nn.ModuleList(InteractingLayer(config, width_in) for width_in in widths[:-1])
         self.out = FieldLayout(layout.names, widths[-1])
+        read = layout.names if config.head_split == "columns" else numbered("piece", layout.num_fields)
+        self.axes = {f"attention/{i}": (numbered("head", config.num_heads), read, read) for i in range(config.num_layers)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F, A]."""
@@ -96,6 +98,7 @@ class AutoInt(Interaction):
             x_BFD = layer(x_BFD)
         return x_BFD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """Attention weights before dropout: ``"attention/0"``, ... of shape [B, H, F, F]; row m says what field m reads
         (with ``head_split="rows"``, what piece m of the head's run reads)."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.base import Axes, Interaction, build, evaluating, numbered
 from ctrlib.schema import FieldLayout
+
+T = TypeVar("T")
 
 
 class Stack(Interaction):
@@ -35,10 +38,12 @@ class Stack(Interaction):
         super().__init__()
         self.blocks = nn.ModuleList()
         self.out = layout
-        for block_config in config.blocks:
+        self.axes: Axes = {}
+        for i, block_config in enumerate(config.blocks):
             block = build(block_config, self.out)
             self.blocks.append(block)
             self.out = block.out
+            self.axes |= _placed(f"blocks.{i}", block.axes)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F′, D′] of the last block."""
@@ -46,11 +51,12 @@ class Stack(Interaction):
             x_BFD = block(x_BFD)
         return x_BFD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """What the blocks have to show, each given its own input; keys begin with the block's position: ``"1/attention/0"``."""
+        """What the blocks have to show, each given its own input; names begin with the place: ``"blocks.1/attention/0"``."""
         shown: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            shown |= _explain(block, x_BFD, f"{i}/")
+            shown |= _placed(f"blocks.{i}", cast(Interaction, block).explain(x_BFD))
             x_BFD = block(x_BFD)
         return shown
 
@@ -98,7 +104,11 @@ class Parallel(Interaction):
         self.streams = nn.ModuleList(streams)
         self.fusion = config.fusion
         outs = [stream.out for stream in streams]
+        self.axes: Axes = {}
+        for i, stream in enumerate(streams):
+            self.axes |= _placed(f"streams.{i}", stream.axes)
         if config.fusion == "bilinear":
+            self.axes |= {"bilinear": (numbered("head", config.num_heads),)}
             self.bilinear = BilinearFusion(outs[0].width, outs[1].width, config.num_heads)
             self.out = FieldLayout(("bilinear",), 1)
         elif config.fusion == "concat":
@@ -126,11 +136,13 @@ class Parallel(Interaction):
             fused = fused + y if self.fusion == "sum" else fused * y
         return fused
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """What the streams have to show, keys beginning with the stream's position, and ``"bilinear"`` [B, num_heads]."""
+        """What the streams have to show, names beginning with the place (``"streams.0/attention/0"``), and ``"bilinear"``
+        [B, num_heads]."""
         shown: dict[str, Tensor] = {}
         for i, stream in enumerate(self.streams):
-            shown |= _explain(stream, x_BFD, f"{i}/")
+            shown |= _placed(f"streams.{i}", cast(Interaction, stream).explain(x_BFD))
         if self.fusion == "bilinear":
             first, second = (stream(x_BFD).flatten(1) for stream in self.streams)
             shown["bilinear"] = self.bilinear.heads(first, second)
@@ -186,11 +198,6 @@ class BilinearFusion(LinearFusion):
         return super().forward(a_BD, b_BD) + self.heads(a_BD, b_BD).sum(dim=-1, keepdim=True)
 
 
-@runtime_checkable
-class _Explainable(Protocol):
-    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]: ...
-
-
-def _explain(block: nn.Module, x_BFD: Tensor, prefix: str) -> dict[str, Tensor]:
-    """What ``block`` has to show, or nothing."""
-    return {prefix + name: value for name, value in block.explain(x_BFD).items()} if isinstance(block, _Explainable) else {}
+def _placed(place: str, shown: Mapping[str, T]) -> dict[str, T]:
+    """The same under names that begin with the place."""
+    return {f"{place}/{name}": value for name, value in shown.items()}

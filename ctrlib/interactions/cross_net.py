@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.mlp import ACTIVATIONS, Activation
 from ctrlib.schema import FieldLayout
 
@@ -44,6 +44,7 @@ class CrossNet(Interaction):
         self.weights = nn.ModuleList(nn.Linear(layout.width, 1, bias=False) for _ in range(config.num_layers))
         self.biases = nn.ParameterList(torch.zeros(layout.width) for _ in range(config.num_layers))
         self.out = FieldLayout(("cross",), layout.width)
+        self.axes = {f"strength/{i}": () for i in range(config.num_layers)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D]."""
@@ -52,6 +53,18 @@ class CrossNet(Interaction):
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x_BN = x0_BN * weight(x_BN) + bias + x_BN
         return x_BN.unsqueeze(1)
+
+    @evaluating
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"strength/0"``, … [B]: w_lᵀ x_l, how much of x_0 each layer adds."""
+        x0_BN = x_BFD.flatten(1)
+        x_BN = x0_BN
+        shown: dict[str, Tensor] = {}
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            strength_B1 = weight(x_BN)
+            shown[f"strength/{i}"] = strength_B1.squeeze(1)
+            x_BN = x0_BN * strength_B1 + bias + x_BN
+        return shown
 
 
 class CrossNetV2(Interaction):
@@ -89,6 +102,7 @@ class CrossNetV2(Interaction):
 
         self.layers = nn.ModuleList(projection() for _ in range(config.num_layers))
         self.out = FieldLayout(("cross",), width)
+        self.axes = {f"strength/{i}": (layout.names, layout.names) for i in range(config.num_layers)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D]."""
@@ -97,6 +111,19 @@ class CrossNetV2(Interaction):
         for layer in self.layers:
             x_BN = x0_BN * layer(x_BN) + x_BN
         return x_BN.unsqueeze(1)
+
+    @evaluating
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"strength/0"``, … [B, F, F]: the Frobenius norm of W_l's block (i, j), which crosses field i of x_0 with field j of
+        x_l, the same for all rows."""
+        shown: dict[str, Tensor] = {}
+        _, num_fields, dim = x_BFD.shape
+        for i, layer in enumerate(self.layers):
+            linears = [cast(nn.Linear, m) for m in (layer if isinstance(layer, nn.Sequential) else (layer,))]
+            weight_NN = linears[-1].weight if len(linears) == 1 else linears[1].weight @ linears[0].weight
+            blocks_FDFD = weight_NN.view(num_fields, dim, num_fields, dim)
+            shown[f"strength/{i}"] = torch.linalg.vector_norm(blocks_FDFD, dim=(1, 3)).expand(len(x_BFD), -1, -1)
+        return shown
 
 
 class CrossNetMix(Interaction):
@@ -141,6 +168,7 @@ class CrossNetMix(Interaction):
         self.softmax = config.gate == "softmax"
         self.layers = nn.ModuleList(LowRankExperts(config, layout.width) for _ in range(config.num_layers))
         self.out = FieldLayout(("cross",), layout.width)
+        self.axes = {f"gate/{i}": (numbered("expert", config.num_experts),) for i in range(config.num_layers)}
 
     def gates(self, x_BN: Tensor) -> Tensor:
         """[B, N] → [B, K]."""
@@ -155,6 +183,7 @@ class CrossNetMix(Interaction):
             x_BN = x0_BN * layer(x_BN, self.gates(x_BN)) + x_BN
         return x_BN.unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"gate/0"``, … [B, K]: how much each expert counts in each layer."""
         x0_BN = x_BFD.flatten(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
@@ -70,6 +70,10 @@ class Destine(Interaction):
         self.residual = nn.Linear(layout.dim, width) if config.residual == "last_layer" else None
         self.final_relu = config.final_relu
         self.out = FieldLayout(layout.names, width)
+        heads = numbered("head", config.num_heads)
+        self.axes = {}
+        for i in range(config.num_layers):
+            self.axes |= {f"pairs/{i}": (heads, layout.names, layout.names), f"unary/{i}": (heads, layout.names)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F, A]."""
@@ -80,6 +84,7 @@ class Destine(Interaction):
             y_BFA = y_BFA + self.residual(x_BFD)
         return y_BFA.relu() if self.final_relu else y_BFA
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """Of every layer, before dropout: ``"pairs/0"``, ... [B, H, F, F], row m what field m reads, and ``"unary/0"``, ...
         [B, H, F], what all fields read; each sums to 1."""

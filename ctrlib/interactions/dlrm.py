@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.mlp import MLP
-from ctrlib.interactions.pairs import PairProducts, check_pairs
+from ctrlib.interactions.pairs import PairProducts, check_pairs, pair_labels
 from ctrlib.schema import FieldLayout, suggest
 
 
@@ -74,6 +74,8 @@ class DotInteraction(Interaction):
         self.register_buffer("other_index", torch.tensor(others, dtype=torch.int64), persistent=False)
         self.products = PairProducts(count)
         self.out = FieldLayout(("dots",), count * (count - 1) // 2 + (layout.dim if config.bottom_fields else 0))
+        names = tuple(layout.names[i] for i in others)
+        self.axes = {"product": (pair_labels(("bottom", *names) if config.bottom_fields else names),)}
 
     def vectors(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → z [B, K+1, D], the bottom's output first; x itself without bottom fields."""
@@ -88,7 +90,7 @@ class DotInteraction(Interaction):
         dots_BP = self.products(z_BKD)
         return (dots_BP if self.bottom is None else torch.cat([z_BKD[:, 0], dots_BP], dim=-1)).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"dots"`` [B, K+1, K+1], ⟨z_i, z_j⟩, in the order of ``vectors``."""
-        z_BKD = self.vectors(x_BFD)
-        return {"dots": z_BKD @ z_BKD.transpose(1, 2)}
+        """``"product"`` [B, P], the inner products; the bottom's output is called ``"bottom"``."""
+        return {"product": self.products(self.vectors(x_BFD))}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.schema import FieldLayout
 
 
@@ -64,6 +64,8 @@ class EDCN(Interaction):
         self.layers = nn.ModuleList(EDCNLayer(config, layout) for _ in range(config.num_layers))
         # NOTE[DIFF] all three, as in the authors' code; the paper's text names the two streams.
         self.out = FieldLayout(("cross", "deep", "bridge"), layout.width)
+        if config.regulation:
+            self.axes = {f"{name}_gate/{i}": (layout.names,) for i in range(config.num_layers) for name in ("cross", "deep")}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 3, F·D]."""
@@ -76,6 +78,7 @@ class EDCN(Interaction):
             bridge_BFD = bridge_BN.view(x_BFD.shape)
         return torch.stack([cross_BN, deep_BN, bridge_BN], dim=1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"cross_gate/0"``, ``"deep_gate/0"``, … [B, F], each summing to 1 and the same for all rows; nothing without
         regulation."""

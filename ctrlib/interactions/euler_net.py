@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -62,7 +62,9 @@ class EulerNet(Interaction):
         self.mu = nn.Parameter(torch.ones(layout.num_fields, 1))
         counts = (layout.num_fields, *config.num_orders)
         self.layers = nn.ModuleList(EulerLayer(config, m, n, layout.dim) for m, n in pairwise(counts))
-        self.out = FieldLayout(tuple(f"euler_{i}" for i in range(counts[-1])), layout.dim)
+        names = (layout.names, *(numbered("euler", n) for n in config.num_orders))
+        self.out = FieldLayout(names[-1], layout.dim)
+        self.axes = {f"order/{i}": pair for i, pair in enumerate(pairwise(names))}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, n, D]."""
@@ -71,9 +73,11 @@ class EulerNet(Interaction):
             re_BFD, im_BFD = layer(re_BFD, im_BFD)
         return re_BFD + im_BFD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"order/0"``, … [B, m, n]: the learned powers of each layer's inputs in its outputs, the same for all rows."""
-        return {f"order/{i}": cast(EulerLayer, layer).order.expand(len(x_BFD), -1, -1) for i, layer in enumerate(self.layers)}
+        orders = [cast(EulerLayer, layer).order.clone() for layer in self.layers]
+        return {f"order/{i}": order.expand(len(x_BFD), -1, -1) for i, order in enumerate(orders)}
 
 
 class EulerLayer(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ctrlib.interactions.base import Interaction, vector_width
-from ctrlib.interactions.pairs import check_pairs
+from ctrlib.interactions.base import Interaction, evaluating, vector_width
+from ctrlib.interactions.pairs import pair_names
 from ctrlib.schema import FieldLayout
 
 
@@ -29,7 +29,7 @@ class FFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        check_pairs("FFM", layout)
+        self.axes = {"pair": (pair_names("FFM", layout),)}
         vector_width("FFM", layout, layout.num_fields - 1, "others")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)
@@ -39,6 +39,7 @@ class FFM(Interaction):
         pair_BP: Tensor = self.products(x_BFD)
         return pair_BP.sum(dim=1, keepdim=True).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit."""
         return {"pair": self.products(x_BFD)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.mlp import ACTIVATIONS, Activation
 from ctrlib.interactions.pairs import Pairs, pair_names
 from ctrlib.schema import FieldLayout
@@ -52,6 +52,7 @@ class SENet(Interaction):
             layers += [nn.Linear(width_in, width_out, bias=False), ACTIVATIONS[config.activation]()]
         self.excitation = nn.Sequential(*layers)
         self.out = layout
+        self.axes = {"senet": (layout.names,)}
 
     def weights(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → A [B, F]."""
@@ -61,6 +62,7 @@ class SENet(Interaction):
         """[B, F, D] → [B, F, D]."""
         return x_BFD * self.weights(x_BFD).unsqueeze(-1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"senet"`` [B, F], the weight of each field."""
         return {"senet": self.weights(x_BFD)}
@@ -135,12 +137,14 @@ class FiBiNET(Interaction):
         self.bilinear_senet = None if config.share_bilinear else Bilinear(config.bilinear, layout)
         names = self.bilinear.out.names
         self.out = FieldLayout((*names, *(f"senet:{name}" for name in names)), layout.dim)
+        self.axes = self.senet.axes
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F(F−1), D]."""
         second = self.bilinear if self.bilinear_senet is None else self.bilinear_senet
         return torch.cat([self.bilinear(x_BFD), second(self.senet(x_BFD))], dim=1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"senet"`` [B, F], the weight of each field."""
         return self.senet.explain(x_BFD)

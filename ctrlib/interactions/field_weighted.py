@@ -11,8 +11,8 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from ctrlib.interactions.base import Interaction, vector_width
-from ctrlib.interactions.pairs import PairKernel, PairProducts, check_pairs, pair_names
+from ctrlib.interactions.base import Interaction, evaluating, vector_width
+from ctrlib.interactions.pairs import PairKernel, PairProducts, pair_names
 from ctrlib.schema import FieldLayout
 
 
@@ -47,6 +47,7 @@ class FwFM(Interaction):
         self.strength = nn.Linear(len(names), 1, bias=config.bias)
         self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None
         self.out = FieldLayout(("fwfm",), 1)
+        self.axes = {"pair": (names,)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
@@ -58,6 +59,7 @@ class FwFM(Interaction):
             y_B1 = y_B1 + self.linear(v_BFD.flatten(1))
         return y_B1.unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, r_ij ⟨v_i, v_j⟩."""
         return {"pair": self.products(x_BFD[:, :, : self.width]) * self.strength.weight}
@@ -78,7 +80,7 @@ class FmFM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        check_pairs("FmFM", layout)
+        self.axes = {"pair": (pair_names("FmFM", layout),)}
         self.kernel = PairKernel(config.kernel, layout)
         self.out = FieldLayout(("fmfm",), 1)
 
@@ -86,6 +88,7 @@ class FmFM(Interaction):
         """[B, F, D] → [B, 1, 1]."""
         return self.kernel(x_BFD).sum(dim=1, keepdim=True).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, v_iᵀ M_ij v_j."""
         return {"pair": self.kernel(x_BFD)}

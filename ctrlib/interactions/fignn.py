@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
 
@@ -62,6 +62,7 @@ class FiGNN(Interaction):
         self.gru = GRU(layout.dim) if config.gru else None
         self.register_buffer("diagonal", torch.eye(layout.num_fields, dtype=torch.bool), persistent=False)
         self.out = layout
+        self.axes = {"attention": (layout.names, layout.names)}
 
     def graph(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → A [B, F, F]; row i says what field i listens to."""
@@ -81,9 +82,10 @@ class FiGNN(Interaction):
                 h_BFD = h_BFD + x_BFD
         return h_BFD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"graph"`` [B, F, F], the edge weights A; row i says what field i listens to."""
-        return {"graph": self.graph(x_BFD)}
+        """``"attention"`` [B, F, F], the edge weights A; row i says what field i listens to."""
+        return {"attention": self.graph(x_BFD)}
 
 
 class MessageLayer(nn.Module):
@@ -138,13 +140,19 @@ class AttentionalScore(Interaction):
         self.score = nn.Linear(layout.dim, 1, bias=False)
         self.weight = nn.Linear(layout.width, layout.num_fields, bias=False)
         self.out = FieldLayout(("score",), 1)
+        self.axes = {"score": (layout.names,), "weight": (layout.names,)}
+
+    def scores(self, x_BFD: Tensor) -> tuple[Tensor, Tensor]:
+        """s and a, both [B, F]."""
+        weight_BF = cast(Tensor, self.weight(x_BFD.flatten(1))).sigmoid()
+        return cast(Tensor, self.score(x_BFD)).squeeze(-1), weight_BF
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
-        shown = self.explain(x_BFD)
-        return (shown["weight"] * shown["score"]).sum(dim=-1)[:, None, None]
+        score_BF, weight_BF = self.scores(x_BFD)
+        return (weight_BF * score_BF).sum(dim=-1)[:, None, None]
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"score"`` and ``"weight"`` [B, F]; the logit is the sum of their products."""
-        weight_BF = cast(Tensor, self.weight(x_BFD.flatten(1))).sigmoid()
-        return {"score": cast(Tensor, self.score(x_BFD)).squeeze(-1), "weight": weight_BF}
+        return dict(zip(("score", "weight"), self.scores(x_BFD), strict=True))

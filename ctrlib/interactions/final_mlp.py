@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.compose import BilinearFusion, LinearFusion
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
@@ -96,6 +96,10 @@ class FinalMLP(Interaction):
                 f"with {width_2}; make them equal or choose 'bilinear' or 'concat'"
             )
         self.out = FieldLayout(("final_mlp",), 1)
+        embedding = (layout.names, numbered("dim", layout.dim))
+        self.axes = {"gate_1": embedding, "gate_2": embedding} if config.use_fs else {}
+        if config.fusion == "bilinear":
+            self.axes |= {"bilinear": (numbered("head", config.num_heads),)}
 
     def __call__(self, x_BFD: Tensor, context_1: Tensor | None = None, context_2: Tensor | None = None) -> Tensor:
         return cast(Tensor, nn.Module.__call__(self, x_BFD, context_1, context_2))
@@ -111,12 +115,13 @@ class FinalMLP(Interaction):
             logit = self.fusion(o_1, o_2)
         return cast(Tensor, logit).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor, context_1: Tensor | None = None, context_2: Tensor | None = None) -> dict[str, Tensor]:
-        """``"gate_1"``, ``"gate_2"`` [B, F·D], each in (0, 2), and ``"bilinear"`` [B, num_heads], where the block has them."""
+        """``"gate_1"``, ``"gate_2"`` [B, F, D], each in (0, 2), and ``"bilinear"`` [B, num_heads], where the block has them."""
         shown: dict[str, Tensor] = {}
         for name, gate, context in (("gate_1", self.gate_1, context_1), ("gate_2", self.gate_2, context_2)):
             if gate is not None:
-                shown[name] = gate(context).flatten(1).expand(len(x_BFD), -1)
+                shown[name] = gate(context).expand(len(x_BFD), -1, -1)
         if isinstance(self.fusion, BilinearFusion):
             shown["bilinear"] = self.fusion.heads(*self._streams(x_BFD, context_1, context_2))
         return shown

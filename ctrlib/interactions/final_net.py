@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.mlp import Activation, Norm, after_linear
 from ctrlib.schema import FieldLayout
 
@@ -114,6 +114,8 @@ class FinalNet(Interaction):
             self.block_2 = FactorizedMLP(config.block2, layout)
             self.linear_2 = nn.Linear(self.block_2.out.width, 1)
         self.out = FieldLayout(("final_net",), 1)
+        self.axes = {} if self.gate is None else {"gate": (layout.names, numbered("dim", layout.dim))}
+        self.axes |= {"branches": (numbered("branch", 1 if self.block_2 is None else 2),)}
 
     def branches(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → the logit of each branch [B, 1 or 2]."""
@@ -127,6 +129,7 @@ class FinalNet(Interaction):
         """[B, F, D] → [B, 1, 1]."""
         return self.branches(x_BFD).mean(dim=1, keepdim=True).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"gate"`` [B, F, D] where there is one, and ``"branches"``, their logits [B, 1 or 2]."""
         shown = {} if self.gate is None else {"gate": self.gate.gates(x_BFD)}

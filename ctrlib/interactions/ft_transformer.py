@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -71,6 +71,9 @@ class FTTransformer(Interaction):
         self.layers = nn.ModuleList(FTLayer(config, layout.dim, first=i == 0) for i in range(config.num_layers))
         self.norm = nn.LayerNorm(layout.dim)
         self.out = FieldLayout(("cls",), layout.dim)
+        heads, tokens, last = numbered("head", config.num_heads), ("cls", *layout.names), config.num_layers - 1
+        self.axes = {f"attention/{i}": (heads, tokens if i < last else tokens[:1], tokens) for i in range(config.num_layers)}
+        self.axes |= {"fields": (layout.names,)}
 
     def tokens(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1 + F, D], CLS first."""
@@ -84,6 +87,7 @@ class FTTransformer(Interaction):
             t_BLD = layer(t_BLD, 1 if i == last else t_BLD.shape[1])
         return F.relu(self.norm(t_BLD))
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """Attention weights before dropout: ``"attention/0"``, … [B, H, 1 + F, 1 + F], of the last layer [B, H, 1, 1 + F]; CLS
         is the first token. ``"fields"`` [B, F]: what CLS reads of every field, averaged over heads and layers."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -42,6 +42,7 @@ class GatedCrossNet(Interaction):
         for cross in self.crosses:
             nn.init.zeros_(cross.bias)  # type: ignore[arg-type]  # NOTE[DIFF] the released code draws it from U(0, 1)
         self.out = FieldLayout(("gated_cross",), width)
+        self.axes = {f"gate/{i}": (layout.names, numbered("dim", layout.dim)) for i in range(config.num_layers)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D]."""
@@ -51,12 +52,14 @@ class GatedCrossNet(Interaction):
             x_BN = x0_BN * cross(x_BN) * torch.sigmoid(gate(x_BN)) + x_BN
         return x_BN.unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"gate/0"``, … [B, F·D], each in (0, 1): how much of the layer's cross goes on."""
+        """``"gate/0"``, … [B, F, D], each in (0, 1): how much of the layer's cross goes on."""
         x0_BN = x_BFD.flatten(1)
         x_BN = x0_BN
         shown: dict[str, Tensor] = {}
         for i, (cross, gate) in enumerate(zip(self.crosses, self.gates, strict=True)):
-            shown[f"gate/{i}"] = torch.sigmoid(gate(x_BN))
-            x_BN = x0_BN * cross(x_BN) * shown[f"gate/{i}"] + x_BN
+            gate_BN = torch.sigmoid(gate(x_BN))
+            shown[f"gate/{i}"] = gate_BN.view(x_BFD.shape)
+            x_BN = x0_BN * cross(x_BN) * gate_BN + x_BN
         return shown

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.token_linear import Composite, TokenLinear, TokenNorm
 from ctrlib.schema import FieldLayout
 
@@ -103,13 +103,16 @@ class Hiformer(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        tasks = tuple(f"task_{i}" for i in range(config.num_tasks))
+        tasks = numbered("task", config.num_tasks)
         num_tokens = layout.num_fields + config.num_tasks
         self.tasks = nn.Parameter(0.02 * torch.randn(config.num_tasks, layout.dim))
         self.position = nn.Parameter(0.02 * torch.randn(num_tokens, layout.dim)) if config.position_bias else None
         outputs = [num_tokens] * (config.num_layers - 1) + [config.num_tasks if config.prune_last else num_tokens]
         self.layers = nn.ModuleList(HiformerLayer(config, layout.dim, num_tokens, count) for count in outputs)
-        self.out = FieldLayout(tasks if config.prune_last else layout.names + tasks, layout.dim)
+        tokens = layout.names + tasks
+        self.out = FieldLayout(tasks if config.prune_last else tokens, layout.dim)
+        heads = numbered("head", config.num_heads)
+        self.axes = {f"attention/{i}": (heads, tokens[-count:], tokens) for i, count in enumerate(outputs)}
 
     def tokens(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F + T, D], what the first layer reads."""
@@ -123,6 +126,7 @@ class Hiformer(Interaction):
             x_BLD = layer(x_BLD)
         return x_BLD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """Attention weights before dropout, ``"attention/0"``, ... [B, H, Q, L]: what each of the Q tokens that the layer
         returns reads. Composite keys are mixtures of all fields, so there these are not importances of fields."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import ConfigError
-from ctrlib.interactions.base import Interaction, vector_width
+from ctrlib.interactions.base import Interaction, evaluating, vector_width
 from ctrlib.schema import FieldLayout
 
 
@@ -50,16 +50,22 @@ class HOFM(Interaction):
         if not config.share_embedding:
             vector_width("HOFM", layout, len(self.orders), len(self.orders))
         self.out = FieldLayout(("hofm",), 1)
+        self.axes = {f"order/{t}": () for t in self.orders}
+
+    def terms(self, x_BFD: Tensor) -> list[Tensor]:
+        """What every order adds to the logit, each [B]."""
+        count = len(self.orders)
+        vectors = [x_BFD] * count if self.share_embedding else list(x_BFD.chunk(count, dim=2))
+        return [anova(z, t).sum(dim=1) for t, z in zip(self.orders, vectors, strict=True)]
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, (m−1)·k] or [B, F, k] → [B, 1, 1]."""
-        return torch.stack(list(self.explain(x_BFD).values())).sum(dim=0).view(-1, 1, 1)
+        return torch.stack(self.terms(x_BFD)).sum(dim=0).view(-1, 1, 1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"order/2"``, … [B]: what every order adds to the logit."""
-        count = len(self.orders)
-        vectors = [x_BFD] * count if self.share_embedding else list(x_BFD.chunk(count, dim=2))
-        return {f"order/{t}": anova(z, t).sum(dim=1) for t, z in zip(self.orders, vectors, strict=True)}
+        return {f"order/{t}": term_B for t, term_B in zip(self.orders, self.terms(x_BFD), strict=True)}
 
 
 def anova(z_BFD: Tensor, order: int) -> Tensor:

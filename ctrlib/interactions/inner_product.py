@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.pairs import PairKernel, PairProducts, Pairs, pair_names
 from ctrlib.schema import FieldLayout
 
@@ -42,11 +42,13 @@ class InnerProduct(Interaction):
         self.linear_signal = config.linear_signal
         self.products = PairProducts(layout.num_fields)
         self.out = _product_layout(config.linear_signal, layout, names)
+        self.axes = {"product": (names,)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, F·D + P] or [B, P, 1]."""
         return _product_layer(self.linear_signal, x_BFD, self.products(x_BFD))
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"product"`` [B, P], the inner products."""
         return {"product": self.products(x_BFD)}
@@ -81,7 +83,9 @@ class OuterProduct(Interaction):
         self.linear_signal = config.linear_signal
         self.kernel = None if config.kernel == "none" else PairKernel(config.kernel, layout)
         if self.kernel is not None:
-            self.out = _product_layout(config.linear_signal, layout, pair_names("OuterProduct", layout))
+            names = pair_names("OuterProduct", layout)
+            self.out = _product_layout(config.linear_signal, layout, names)
+            self.axes = {"product": (names,)}
         elif config.linear_signal:
             self.out = FieldLayout(("product",), layout.width + layout.dim**2)
         else:
@@ -95,6 +99,7 @@ class OuterProduct(Interaction):
         outer_BDD = sum_BD.unsqueeze(2) * sum_BD.unsqueeze(1)
         return torch.cat([x_BFD.flatten(1), outer_BDD.flatten(1)], dim=1).unsqueeze(1) if self.linear_signal else outer_BDD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"product"`` [B, P], the kernel products, where there are any."""
         return {} if self.kernel is None else {"product": self.kernel(x_BFD)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
 
@@ -81,6 +81,9 @@ class InterHAt(Interaction):
         self.fields = nn.ModuleList(Aggregation(dim, hidden) for _ in range(config.order))
         self.orders = Aggregation(dim, hidden)
         self.out = FieldLayout(("interhat",), dim)
+        self.axes = {"attention": (numbered("head", config.num_heads), layout.names, layout.names)}
+        self.axes |= {f"fields/{p}": (layout.names,) for p in range(1, config.order + 1)}
+        self.axes |= {"orders": (tuple(f"order_{p}" for p in range(1, config.order + 1)),)}
 
     def heads(self, y_BFA: Tensor) -> Tensor:
         """[B, F, A] → [B, H, F, A/H]."""
@@ -120,6 +123,7 @@ class InterHAt(Interaction):
         """[B, F, D] → [B, 1, D]."""
         return self.hierarchy(x_BFD)[0]
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"attention"`` [B, H, F, F] before dropout, ``"fields/1"``, ``"fields/2"``, … [B, F]: what every order reads of the
         fields, and ``"orders"`` [B, order]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.schema import FieldLayout
 
 
@@ -61,8 +61,14 @@ class FirstOrder(Interaction):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1)) if config.bias else None
         self.out = FieldLayout(("first_order",), 1)
+        self.axes = {"field": (layout.names,)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, 1]."""
         y_B11 = x_BFD.sum(dim=(1, 2), keepdim=True)
         return y_B11 if self.bias is None else y_B11 + self.bias
+
+    @evaluating
+    def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
+        """``"field"`` [B, F]: what every field adds to the logit."""
+        return {"field": x_BFD.sum(dim=2)}

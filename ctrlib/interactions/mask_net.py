@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.token_linear import TokenNorm
 from ctrlib.schema import FieldLayout
 
@@ -79,6 +79,8 @@ class SerialMaskNet(Interaction):
             for before, after in pairwise((layout.width, *config.hidden_units))
         )
         self.out = FieldLayout(("mask_net",), config.hidden_units[-1])
+        self.axes = {"mask/0": (layout.names, numbered("dim", layout.dim))}
+        self.axes |= {f"mask/{i}": (numbered("unit", n),) for i, n in enumerate(config.hidden_units[:-1], start=1)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, 1, last width]."""
@@ -88,9 +90,11 @@ class SerialMaskNet(Interaction):
             h_BH = block(e_BN, h_BH)
         return h_BH.unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"mask/0"`` [B, F·D], ``"mask/1"`` [B, width of block 0], …"""
-        return _masks(self.blocks, x_BFD)
+        """``"mask/0"`` [B, F, D], ``"mask/1"`` [B, width of block 0], …"""
+        masks = [cast(MaskBlock, block).mask(x_BFD.flatten(1)) for block in self.blocks]
+        return {f"mask/{i}": mask if i else mask.view(x_BFD.shape) for i, mask in enumerate(masks)}
 
 
 class ParallelMaskNet(Interaction):
@@ -134,7 +138,8 @@ class ParallelMaskNet(Interaction):
             MaskBlock(layout.width, layout.width, config.block_dim, config.reduction_ratio, config.dropout)
             for _ in range(config.num_blocks)
         )
-        self.out = FieldLayout(tuple(f"mask_net_{i}" for i in range(config.num_blocks)), config.block_dim)
+        self.out = FieldLayout(numbered("mask_net", config.num_blocks), config.block_dim)
+        self.axes = {f"mask/{i}": (layout.names, numbered("dim", layout.dim)) for i in range(config.num_blocks)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, K, block_dim]."""
@@ -142,10 +147,8 @@ class ParallelMaskNet(Interaction):
         h_BN = e_BN if self.norm is None else self.norm(x_BFD).flatten(1)
         return torch.stack([block(e_BN, h_BN) for block in self.blocks], dim=1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """``"mask/0"``, … [B, F·D]."""
-        return _masks(self.blocks, x_BFD)
-
-
-def _masks(blocks: nn.ModuleList, x_BFD: Tensor) -> dict[str, Tensor]:
-    return {f"mask/{i}": cast(MaskBlock, block).mask(x_BFD.flatten(1)) for i, block in enumerate(blocks)}
+        """``"mask/0"``, … [B, F, D]."""
+        masks = (cast(MaskBlock, block).mask(x_BFD.flatten(1)) for block in self.blocks)
+        return {f"mask/{i}": mask.view(x_BFD.shape) for i, mask in enumerate(masks)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrlib.interactions.base import Interaction, vector_width
+from ctrlib.interactions.base import Interaction, evaluating, vector_width
 from ctrlib.interactions.ffm import FieldAwareProducts
 from ctrlib.interactions.pairs import pair_names
 from ctrlib.schema import FieldLayout
@@ -33,6 +33,7 @@ class ONN(Interaction):
         names = pair_names("ONN", layout)
         self.width = vector_width("ONN", layout, layout.num_fields, "fields")
         self.products = FieldAwareProducts(layout.num_fields)
+        self.axes = {"product": (names,)}
         self.out = FieldLayout(("onn",), layout.num_fields * self.width + len(names))
 
     def forward(self, x_BFD: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ class ONN(Interaction):
         copied_BFk = x_BFD[:, :, : self.width]
         return torch.cat([copied_BFk.flatten(1), self.products(x_BFD[:, :, self.width :])], dim=1).unsqueeze(1)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"product"`` [B, P] of the field-aware vectors."""
         return {"product": self.products(x_BFD[:, :, self.width :])}

@@ -28,15 +28,19 @@ def check_pairs(block: str, layout: FieldLayout) -> None:
         )
 
 
+def pair_labels(names: tuple[str, ...]) -> tuple[str, ...]:
+    """``"user*item"``, … of all pairs."""
+    return tuple(f"{a}*{b}" for i, a in enumerate(names) for b in names[i + 1 :])
+
+
 def pair_names(block: str, layout: FieldLayout) -> tuple[str, ...]:
-    """``"user*item"``, … of all pairs.
+    """The labels of all pairs of the block's fields.
 
     Raises:
         ConfigError: see :func:`check_pairs`.
     """
     check_pairs(block, layout)
-    names = layout.names
-    return tuple(f"{a}*{b}" for i, a in enumerate(names) for b in names[i + 1 :])
+    return pair_labels(layout.names)
 
 
 def sum_of_products(x_BFD: Tensor) -> Tensor:

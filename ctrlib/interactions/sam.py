@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.schema import FieldLayout
 
 Kind = Literal["sam1", "sam2a", "sam2e", "sam3a", "sam3e"]
@@ -82,6 +82,7 @@ class SAM(Interaction):
         weighted = config.pooling == "weighted"
         self.field_weights_F1 = nn.Parameter(torch.ones(layout.num_fields, 1)) if weighted else None
         self.out = FieldLayout(names, layout.dim)
+        self.axes = {f"score/{i}": (layout.names, layout.names) for i in range(count)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F, D], [B, F², D] or [B, 1, D]."""
@@ -93,11 +94,12 @@ class SAM(Interaction):
             return x_BFD
         return x_BFD.mean(dim=1, keepdim=True) if self.pooling == "mean" else x_BFD.sum(dim=1, keepdim=True)
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
-        """The weights s_ij, ``"attention/0"``, ... of shape [B, F, F]; unlike a softmax's they are of either sign."""
+        """The weights s_ij, ``"score/0"``, ... of shape [B, F, F]; unlike a softmax's they are of either sign."""
         shown: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            shown[f"attention/{i}"] = cast(SAMLayer, layer).attention(x_BFD)
+            shown[f"score/{i}"] = cast(SAMLayer, layer).attention(x_BFD)
             x_BFD = layer(x_BFD)
         return shown
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
-from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
 
@@ -65,10 +65,13 @@ class Wukong(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
-        names = tuple(f"fmb_{i}" for i in range(config.num_fmb)) + tuple(f"lcb_{i}" for i in range(config.num_lcb))
+        names = numbered("fmb", config.num_fmb) + numbered("lcb", config.num_lcb)
         counts = [layout.num_fields] + [len(names)] * (config.num_layers - 1)
         self.layers = nn.ModuleList(WukongLayer(config, count, layout.dim) for count in counts)
         self.out = FieldLayout(names, layout.dim)
+        inputs = [layout.names] + [names] * (config.num_layers - 1)
+        read = None if config.fm_rank is None else numbered("factor", config.fm_rank)
+        self.axes = {f"fm/{i}": (before, before if read is None else read) for i, before in enumerate(inputs)}
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, n_F + n_L, D]."""
@@ -76,6 +79,7 @@ class Wukong(Interaction):
             x_BFD = layer(x_BFD)
         return x_BFD
 
+    @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"fm/0"``, … [B, n, k]: what the FM of each layer gives to its MLP."""
         shown: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch, Output
 from ctrlib.config import Component, ConfigError
 from ctrlib.embedding import FeatureEmbedding
-from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.base import Axes, Interaction, build, evaluating
 from ctrlib.interactions.linear import FirstOrder
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import BatchLayout, FieldLayout
@@ -33,9 +33,20 @@ class ModelComponent(Component, nn.Module):
         weight_init: WeightInit = "torch"
 
     embedding: FeatureEmbedding
+    interaction: Interaction
 
     def __call__(self, batch: Batch) -> Output:
         return cast(Output, super().__call__(batch))
+
+    @property
+    def axes(self) -> Axes:
+        """The labels of what :meth:`explain` returns; see :class:`~ctrlib.interactions.base.Interaction`."""
+        return self.interaction.axes
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What the interaction has to show of each row, by name: attention, gates, strengths; empty where there is nothing."""
+        return self.interaction.explain(self.embedding(batch))
 
 
 def build_model(config: ModelComponent.Config, layout: BatchLayout) -> ModelComponent:
@@ -116,6 +127,22 @@ class CTRModel(ModelComponent):
             wide = FeatureEmbedding(weights, layout)
             self.first_order = nn.ModuleList([wide, build(config.first_order, wide.out)])
         initialize(self, config.weight_init)
+
+    @property
+    def axes(self) -> Axes:
+        """Those of the interaction, and ``"first_order/field"``."""
+        if self.first_order is None:
+            return self.interaction.axes
+        return {**self.interaction.axes, "first_order/field": (self.embedding.out.names,)}
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What the interaction has to show, and ``"first_order/field"`` [B, F]: what every field's weight adds to the logit."""
+        shown = self.interaction.explain(self.embedding(batch))
+        if self.first_order is None:
+            return shown
+        wide, total = self.first_order
+        return {**shown, "first_order/field": cast(FirstOrder, total).explain(wide(batch))["field"]}
 
     def net(self, x_BFD: Tensor) -> Tensor:
         """Tokens → logits [B] or [B, T], without the first-order term: the part that is exported for serving."""

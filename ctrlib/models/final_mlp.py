@@ -9,6 +9,7 @@ from torch import Tensor
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.base import evaluating
 from ctrlib.interactions.final_mlp import FinalMLP
 from ctrlib.models.ctr import ModelComponent, initialize
 from ctrlib.schema import BatchLayout
@@ -32,6 +33,8 @@ class FinalMLPModel(ModelComponent):
         context_1: tuple[str, ...] = ()
         context_2: tuple[str, ...] = ()
 
+    interaction: FinalMLP
+
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
         if len(layout.labels) > 1:
@@ -53,6 +56,15 @@ class FinalMLPModel(ModelComponent):
         )
         initialize(self, config.weight_init)
 
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the block reads: the embeddings and the two contexts."""
+        context_1, context_2 = (None if c is None else c(batch) for c in (self.context_1, self.context_2))
+        return self.embedding(batch), context_1, context_2
+
     def forward(self, batch: Batch) -> Output:
-        contexts: list[Tensor | None] = [None if c is None else c(batch) for c in (self.context_1, self.context_2)]
-        return Output(self.interaction(self.embedding(batch), *contexts).flatten())
+        return Output(self.interaction(*self.inputs(batch)).flatten())
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """The gates of both streams and the heads of the bilinear fusion."""
+        return self.interaction.explain(*self.inputs(batch))

@@ -28,6 +28,8 @@ class FinalNetModel(ModelComponent):
 
         block: FinalNet.Config = field(default_factory=FinalNet.Config)
 
+    interaction: FinalNet
+
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
         if len(layout.labels) > 1:

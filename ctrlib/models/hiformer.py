@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, positive
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.base import evaluating
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import ModelComponent, initialize
@@ -52,6 +53,8 @@ class HiformerModel(ModelComponent):
                         "Put that width last in hidden_units instead"
                     )
 
+    interaction: Hiformer
+
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
         self.config = config
@@ -73,11 +76,18 @@ class HiformerModel(ModelComponent):
         self.towers = nn.ModuleList(MLP(replace(config.tower, output_dim=1), task) for _ in layout.labels)
         initialize(self, config.weight_init)
 
-    def forward(self, batch: Batch) -> Output:
+    def tokens(self, batch: Batch) -> Tensor:
+        """What the attention reads: fields and dense tokens, [B, F, D]."""
         x_BFD = self.embedding(batch)
-        if self.dense is not None:
-            x_BFD = torch.cat([x_BFD, self.dense(batch.dense)], dim=1)
-        tasks_BTD = self.interaction(x_BFD)[:, -len(self.towers) :]  # task tokens are the last ones
+        return x_BFD if self.dense is None else torch.cat([x_BFD, self.dense(batch.dense)], dim=1)
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """The attention of every layer."""
+        return self.interaction.explain(self.tokens(batch))
+
+    def forward(self, batch: Batch) -> Output:
+        tasks_BTD = self.interaction(self.tokens(batch))[:, -len(self.towers) :]  # task tokens are the last ones
         logits_BT = torch.cat([tower(tasks_BTD[:, i : i + 1]).flatten(1) for i, tower in enumerate(self.towers)], dim=1)
         return Output(logits_BT.squeeze(1) if len(self.towers) == 1 else logits_BT)
 

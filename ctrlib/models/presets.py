@@ -40,6 +40,7 @@ from ctrlib.interactions.ft_transformer import FTTransformer
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.interactions.hiformer import Hiformer
 from ctrlib.interactions.hofm import HOFM
+from ctrlib.interactions.ifm import IFM
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.interhat import InterHAt
 from ctrlib.interactions.linear import FirstOrder, Linear
@@ -568,6 +569,11 @@ def destine_plus(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False))
 
 
+def ifm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """FM whose weights and vectors are scaled by factors that depend on the row; sizes are our choice."""
+    return _ctr(flavour, IFM.Config(), dim=1 + 16)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -638,6 +644,7 @@ PRESETS: Mapping[str, Preset] = {
     "aoanet": Preset(aoanet, "generalized interaction network beside an MLP", "doi:10.1145/3447548.3467133"),
     "destine": Preset(destine, "self-attention of pairs and of single fields", "arXiv:2101.03654"),
     "destine_plus": Preset(destine_plus, "DESTINE beside an MLP", "arXiv:2101.03654"),
+    "ifm": Preset(ifm, "FM with a factor per field that depends on the row", "doi:10.24963/ijcai.2019/203", ("paper",)),
 }
 
 COMPONENTS: Table = {
@@ -698,6 +705,7 @@ COMPONENTS: Table = {
         SAM,
         GeneralizedInteraction,
         Destine,
+        IFM,
     )
 }
 

@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.afn import LogTransform
+from ctrlib.interactions.base import Interaction
 from ctrlib.schema import FieldLayout
 from tests.reference.afn import Norm, log_transform
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "log_transform": LogTransform.Config(num_neurons=5, eps=1e-4, bias=True),
+    "log_transform_plain": LogTransform.Config(num_neurons=5, eps=1e-2, norm="none"),
+}
+# Weights times the scale of the norm.
+DERIVED = {"log_transform": {"orders"}}
 
 
 def block(layout: FieldLayout = LAYOUT, **options: Any) -> LogTransform:

@@ -7,10 +7,15 @@ from torch import nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.aoanet import GeneralizedInteraction, GeneralizedLayer
+from ctrlib.interactions.base import Interaction
 from ctrlib.schema import FieldLayout
 from tests.reference.aoanet import layer as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "generalized_interaction": GeneralizedInteraction.Config(num_layers=2, num_subspaces=3),
+}
 
 
 def block(num_layers: int = 3, num_subspaces: int = 2, layout: FieldLayout = LAYOUT) -> GeneralizedInteraction:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.arm_net import ARMNet
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import Stack
 from ctrlib.interactions.fm import FM
 from ctrlib.schema import FieldLayout
@@ -28,6 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_gates": {"gate": "none"},
     "no_values": {"use_values": False},
     "additive": {"neuron": "additive", "norm": "none"},
+}
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "arm_net": ARMNet.Config(num_heads=2, num_neurons=3),
+    "arm_net_15": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.5, scale=True, keep_fields=True, exponent_clip=5.0),
+    "arm_net_softmax": ARMNet.Config(num_heads=2, num_neurons=3, alpha=1.0, use_values=False),
+    "arm_net_bisection": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, bilinear="shared", key_dim=4),
+    "arm_net_learn_alpha": ARMNet.Config(num_heads=1, num_neurons=3, alpha=1.7, learn_alpha=True, bilinear="none"),
+    "arm_net_additive": ARMNet.Config(num_heads=2, num_neurons=3, gate="none", neuron="additive", norm="none"),
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.autoint import AutoInt, InteractingLayer
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.linear import Linear
 from ctrlib.schema import FieldLayout
 from tests.reference import autoint as reference
@@ -26,6 +27,14 @@ OFFICIAL: dict[str, Any] = {
     "norm_eps": 1e-8,
 }
 FUXICTR: dict[str, Any] = {"residual": "linear_if_needed", "scale": True, "norm": "before_relu"}
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "autoint": AutoInt.Config(num_layers=2, head_dim=4, attention_dropout=0.2),
+    "autoint_official": AutoInt.Config(
+        num_layers=2, head_dim=4, bias=True, projection_activation="relu", scale=True, norm="after_relu", norm_eps=1e-8
+    ),
+    "autoint_fuxictr": AutoInt.Config(num_layers=2, head_dim=4, residual="linear_if_needed", norm="before_relu"),
+}
 
 
 def autoint(layout: FieldLayout = LAYOUT, **options: Any) -> AutoInt:

@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
 from ctrlib.schema import FieldLayout
 from tests.reference import cin as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "cin": CIN.Config(hidden_units=(5, 4)),
+    "cin_with_activation": CIN.Config(hidden_units=(5, 4), bias=True, activation="tanh"),
+}
 
 
 def fields(count: int, dim: int = 10) -> FieldLayout:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
 from ctrlib.interactions.autoint import AutoInt
-from ctrlib.interactions.base import Interaction, build
+from ctrlib.interactions.base import Interaction, build, numbered
 from ctrlib.interactions.compose import BilinearFusion, Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetV2
 from ctrlib.interactions.fm import FM
@@ -23,6 +23,17 @@ from tests.reference.fm import fm
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
 FRAPPE = FieldLayout(tuple(f"f{i}" for i in range(10)), 10)
 IDENTITY = AutoInt.Config(num_layers=0)
+
+
+# No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
+SILU = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
+CONTRACT: dict[str, Interaction.Config] = {
+    "stack": Stack.Config(blocks=(AutoInt.Config(num_layers=1, head_dim=4), MLP.Config(hidden_units=(8,)))),
+    "parallel_sum": Parallel.Config(streams=(FM.Config(), MLP.Config(hidden_units=(8, 1), activation="tanh"))),
+    "parallel_concat": Parallel.Config(streams=(CrossNet.Config(), AutoInt.Config(head_dim=4)), fusion="concat"),
+    "parallel_bilinear": Parallel.Config(streams=(AutoInt.Config(head_dim=4), SILU), fusion="bilinear", num_heads=2),
+}
+DERIVED = {"parallel_sum": {"streams.0/pair"}}  # FM's
 
 
 def randn(*shape: int) -> Tensor:
@@ -57,15 +68,21 @@ def test_stack_runs_its_blocks_in_order() -> None:
 
 
 def test_stack_explains_each_block_on_its_own_input() -> None:
-    block = stack(AutoInt.Config(num_layers=1), Stack.Config(blocks=(AutoInt.Config(num_layers=1, num_heads=4),)), FM.Config())
+    second_config = Stack.Config(blocks=(AutoInt.Config(num_layers=1, num_heads=4),))
+    block = stack(AutoInt.Config(num_layers=1), second_config, MLP.Config())
     x_BFD = randn(5, 4, 3)
     shown = block.explain(x_BFD)
-    assert sorted(shown) == ["0/attention/0", "1/0/attention/0"]
+    assert sorted(shown) == ["blocks.0/attention/0", "blocks.1/blocks.0/attention/0"]
     first, second, _ = block.blocks
     assert isinstance(first, AutoInt)
     assert isinstance(second, Stack)
-    assert torch.equal(shown["0/attention/0"], first.explain(x_BFD)["attention/0"])
-    assert torch.equal(shown["1/0/attention/0"], second.explain(first(x_BFD))["0/attention/0"])
+    assert torch.equal(shown["blocks.0/attention/0"], first.explain(x_BFD)["attention/0"])
+    assert torch.equal(shown["blocks.1/blocks.0/attention/0"], second.explain(first(x_BFD))["blocks.0/attention/0"])
+    of_two, of_four = numbered("head", 2), numbered("head", 4)
+    assert block.axes == {
+        "blocks.0/attention/0": (of_two, LAYOUT.names, LAYOUT.names),
+        "blocks.1/blocks.0/attention/0": (of_four, LAYOUT.names, LAYOUT.names),
+    }
 
 
 def test_sum_product_and_concat() -> None:
@@ -91,13 +108,13 @@ def test_names_of_a_sum() -> None:
 
 
 def test_parallel_explains_its_streams() -> None:
-    block = parallel(FM.Config(), AutoInt.Config(num_layers=1), fusion="concat")
+    block = parallel(Linear.Config(), AutoInt.Config(num_layers=1), fusion="concat")
     x_BFD = randn(5, 4, 3)
     attention = block.streams[1]
     assert isinstance(attention, AutoInt)
     shown = block.explain(x_BFD)
-    assert list(shown) == ["1/attention/0"]
-    assert torch.equal(shown["1/attention/0"], attention.explain(x_BFD)["attention/0"])
+    assert list(shown) == list(block.axes) == ["streams.1/attention/0"]
+    assert torch.equal(shown["streams.1/attention/0"], attention.explain(x_BFD)["attention/0"])
 
 
 def test_autoint_plus_is_a_sum_of_two_logits() -> None:

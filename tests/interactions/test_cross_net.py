@@ -8,11 +8,22 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2, LowRankExperts
 from ctrlib.schema import FieldLayout
 from tests.reference.cross_net import Array, cross_mix, cross_v1, cross_v2, mix_gates
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "cross_net": CrossNet.Config(),
+    "cross_net_v2": CrossNetV2.Config(),
+    "cross_net_v2_low_rank": CrossNetV2.Config(rank=2),
+    "cross_net_mix": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2),
+    "cross_net_mix_linear": CrossNetMix.Config(num_layers=2, num_experts=3, rank=2, activation="none", gate="sigmoid"),
+}
+# Norms of weights.
+DERIVED = {name: {f"strength/{i}" for i in range(3)} for name in ("cross_net_v2", "cross_net_v2_low_rank")}
 
 
 def size(block: nn.Module) -> int:
@@ -172,3 +183,29 @@ def test_mix_sizes_and_config_errors() -> None:
     for options in wrong:
         with pytest.raises(ConfigError, match=rf"CrossNetMix\.{next(iter(options))} is 0"):
             CrossNetMix.Config(**options)
+
+
+def test_explain_of_the_vector_form_is_what_each_layer_adds() -> None:
+    torch.manual_seed(3)
+    block = CrossNet(CrossNet.Config(num_layers=2), LAYOUT).double()
+    x_BFD = torch.randn(5, LAYOUT.num_fields, LAYOUT.dim, dtype=torch.float64)
+    x0 = x_BFD.flatten(1)
+    shown = block.explain(x_BFD)
+    first = shown["strength/0"].unsqueeze(1) * x0 + x0  # biases start at zero
+    torch.testing.assert_close(first + shown["strength/1"].unsqueeze(1) * x0, block(x_BFD)[:, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_explain_of_the_matrix_form_is_the_norm_of_each_block(rank: int | None) -> None:
+    torch.manual_seed(3)
+    block = CrossNetV2(CrossNetV2.Config(num_layers=1, rank=rank), LAYOUT).double()
+    basis = torch.eye(LAYOUT.width, dtype=torch.float64)
+    layer = block.layers[0]
+    matrix = np.array([layer(e).detach().numpy() for e in basis]).T  # bias zero at the start
+    dim = LAYOUT.dim
+    expected = [
+        [np.sqrt((matrix[i * dim : (i + 1) * dim, j * dim : (j + 1) * dim] ** 2).sum()) for j in range(LAYOUT.num_fields)]
+        for i in range(LAYOUT.num_fields)
+    ]
+    shown = block.explain(torch.zeros(2, LAYOUT.num_fields, dim, dtype=torch.float64))["strength/0"]
+    np.testing.assert_allclose(shown[1].numpy(), expected, rtol=0, atol=1e-12)

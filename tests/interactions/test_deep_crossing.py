@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.deep_crossing import DeepCrossing, ResidualUnit
 from ctrlib.schema import FieldLayout
 from tests.reference import deep_crossing as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "deep_crossing": DeepCrossing.Config(hidden_units=(8, 5), activation="silu"),
+    "deep_crossing_norm": DeepCrossing.Config(hidden_units=(8, 5), activation="silu", norm="batch", dropout=0.2),
+}
 
 
 def arrays(block: DeepCrossing) -> list[tuple[reference.Array, ...]]:

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.destine import Destine, DisentangledLayer
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import destine as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "destine": Destine.Config(head_dim=4, attention_dropout=0.2),
+    "destine_each_layer": Destine.Config(head_dim=4, residual="each_layer", scale=True, final_relu=False),
+    "destine_relu": Destine.Config(num_layers=1, head_dim=4, projection_activation="relu", residual="none", final_relu=False),
+}
+NEEDS: dict[str, Need] = {"destine": two_fields, "destine_each_layer": two_fields, "destine_relu": two_fields}
 
 
 def destine(layout: FieldLayout = LAYOUT, **options: Any) -> Destine:

@@ -6,18 +6,31 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.dlrm import DotInteraction
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import dlrm as reference
 
 LAYOUT = FieldLayout(("user", "price", "item", "age"), 3)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "dot_interaction": DotInteraction.Config(),
+    "dot_interaction_bottom": DotInteraction.Config(bottom_fields=("hour", "city"), bottom_hidden_units=(8,)),
+}
+# The bottom fields, and another.
+NEEDS: dict[str, Need] = {
+    "dot_interaction": two_fields,
+    "dot_interaction_bottom": lambda layout: {"hour", "city"} < set(layout.names),
+}
 
 
 def test_hand_case() -> None:
     block = DotInteraction(DotInteraction.Config(), FieldLayout(("a", "b", "c"), 2))
     x_BFD = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 4.0]]])
     assert block(x_BFD).tolist() == [[[1.0, 8.0, -4.0]]]
-    assert block.explain(x_BFD)["dots"].tolist() == [[[5.0, 1.0, 8.0], [1.0, 10.0, -4.0], [8.0, -4.0, 16.0]]]
+    assert block.explain(x_BFD)["product"].tolist() == [[1.0, 8.0, -4.0]]
+    assert block.axes == {"product": (("a*b", "a*c", "b*c"),)}
 
 
 def test_bottom_hand_case() -> None:
@@ -30,6 +43,8 @@ def test_bottom_hand_case() -> None:
     )
     x_BFD = torch.tensor([[[2.0, 1.0], [3.0, 9.0], [5.0, 4.0]]])
     assert block(x_BFD).tolist() == [[[7.0, 0.0, 14.0, 35.0, 14.0]]]
+    assert block.explain(x_BFD)["product"].tolist() == [[14.0, 35.0, 14.0]]
+    assert block.axes == {"product": (("bottom*a", "bottom*c", "a*c"),)}
 
 
 def test_equals_the_formula() -> None:

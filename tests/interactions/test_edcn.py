@@ -8,12 +8,20 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.edcn import EDCN, EDCNLayer
 from ctrlib.schema import FieldLayout
 from tests.reference import edcn as reference
 
 Kind = Literal["product", "sum", "concat", "attention"]
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "edcn": EDCN.Config(num_layers=2, dropout=0.2),
+    "edcn_sum": EDCN.Config(num_layers=2, bridge="sum", norm="none", regulation=False),
+    "edcn_concat": EDCN.Config(num_layers=2, bridge="concat", temperature=2.0),
+    "edcn_attention": EDCN.Config(num_layers=2, bridge="attention"),
+}
 
 
 def fields(count: int, dim: int = 10) -> FieldLayout:

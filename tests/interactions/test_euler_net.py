@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.euler_net import EulerLayer, EulerNet
 from ctrlib.schema import FieldLayout
 from tests.reference import euler_net as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 4)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "euler_net": EulerNet.Config(num_orders=(4, 3)),
+    "euler_net_plain": EulerNet.Config(num_orders=(3,), norm="none"),
+}
 
 
 def euler_net(layout: FieldLayout = LAYOUT, **options: Any) -> EulerNet:

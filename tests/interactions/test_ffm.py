@@ -6,14 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.compose import Stack
 from ctrlib.interactions.ffm import FFM
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.onn import ONN
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import pairwise as reference
 
 NAMES = ("user", "item", "hour", "city")
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "ffm": FFM.Config(),
+    "onn": Stack.Config(blocks=(AutoInt.Config(num_layers=1, head_dim=4), ONN.Config())),
+}
+# A vector for every other field, and for every field of AutoInt's width of 8.
+NEEDS: dict[str, Need] = {
+    "ffm": lambda layout: two_fields(layout) and layout.dim % (layout.num_fields - 1) == 0,
+    "onn": lambda layout: two_fields(layout) and 8 % layout.num_fields == 0,
+}
 
 
 def randn(*shape: int) -> Tensor:
@@ -69,7 +82,7 @@ def test_equal_vectors_for_all_fields_are_a_factorization_machine() -> None:
 def test_every_vector_meets_exactly_one_other() -> None:
     x_BFD = randn(1, 4, 6).requires_grad_()
     block = FFM(FFM.Config(), FieldLayout(NAMES, 6))
-    for pair in block.explain(x_BFD)["pair"][0]:
+    for pair in block.products(x_BFD)[0]:
         (grad_BFD,) = torch.autograd.grad(pair, x_BFD, retain_graph=True)
         assert int(grad_BFD.reshape(4, 3, 2).any(dim=2).sum()) == 2
     (grad_BFD,) = torch.autograd.grad(block(x_BFD).sum(), x_BFD)

@@ -17,6 +17,7 @@ from ctrlib.interactions.inner_product import InnerProduct
 from ctrlib.interactions.linear import FirstOrder
 from ctrlib.interactions.mlp import MLP
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, even_width
 from tests.reference import fgcnn as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city", "week"), 3)
@@ -33,6 +34,19 @@ PARAMETERS = {
     "criteo": (45_774, 24_775_200 + 2_280, 68_558_849),
     "avazu": (6_202, 13_603_200 + 2_760, 43_778_049),
     "huawei": (3_302, 6_624_000 + 2_320, 17_577_985),
+}
+
+FGCNN_SIZES: dict[str, Any] = {"kernel_heights": (3, 2), "channels": (2, 3), "pool_sizes": (2, 2), "new_maps": (2, 1)}
+CONTRACT: dict[str, Interaction.Config] = {
+    "fgcnn": FGCNN.Config(**FGCNN_SIZES),
+    "fgcnn_two_vectors": FGCNN.Config(**FGCNN_SIZES, share_embedding=False, conv_norm="none", conv_bias=True, pool_pad="start"),
+    "fgcnn_mlp": FGCNN.Config(**FGCNN_SIZES, generator="mlp", use_raw=False, field_order=("city", "user", "hour", "item")),
+    "fgcnn_maps": FGCNN.Config(kernel_heights=(4,), channels=(2,), pool_sizes=(3,), new_maps=(2,), recombine=False),
+}
+# field_order names all fields.
+NEEDS: dict[str, Need] = {
+    "fgcnn_two_vectors": even_width,
+    "fgcnn_mlp": lambda layout: set(layout.names) == {"city", "user", "hour", "item"},
 }
 
 

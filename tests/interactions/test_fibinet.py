@@ -9,14 +9,32 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.fibinet import Bilinear, FiBiNET, SENet
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import fibinet as reference
 
 Kind = Literal["field_all", "field_each", "field_interaction"]
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
 PAIRS = ("user*item", "user*hour", "user*city", "item*hour", "item*city", "hour*city")
 kinds = pytest.mark.parametrize("kind", ["field_all", "field_each", "field_interaction"])
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "senet": SENet.Config(reduction_ratio=2, activation="sigmoid"),
+    "bilinear_all": Bilinear.Config(kind="field_all"),
+    "bilinear_each": Bilinear.Config(kind="field_each"),
+    "bilinear_interaction": Bilinear.Config(),
+    "fibinet": FiBiNET.Config(senet=SENet.Config(activation="silu")),
+    "fibinet_shared": FiBiNET.Config(senet=SENet.Config(activation="silu"), share_bilinear=True),
+}
+NEEDS: dict[str, Need] = {
+    "bilinear_all": two_fields,
+    "bilinear_each": two_fields,
+    "bilinear_interaction": two_fields,
+    "fibinet": two_fields,
+    "fibinet_shared": two_fields,
+}
 
 
 def fields(count: int, dim: int = 10) -> FieldLayout:

@@ -12,10 +12,28 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.field_weighted import FmFM, FwFM
 from ctrlib.interactions.fm import FM
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, even_width, two_fields
 from tests.reference import pairwise as reference
 from tests.reference.products import inner_products, kernel_products, pairs
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 4)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "fwfm": FwFM.Config(bias=True),
+    "fwfm_field": FwFM.Config(linear="field"),
+    "fwfm_value": FwFM.Config(linear="value"),
+    "fmfm": FmFM.Config(),
+    "fmfm_vector": FmFM.Config(kernel="vector"),
+}
+NEEDS: dict[str, Need] = {
+    "fwfm": two_fields,
+    "fwfm_field": two_fields,
+    "fwfm_value": lambda layout: two_fields(layout) and even_width(layout),
+    "fmfm": two_fields,
+    "fmfm_vector": two_fields,
+}
+# Forward is a linear layer over the products.
+DERIVED = {"fwfm": {"pair"}, "fwfm_field": {"pair"}, "fwfm_value": {"pair"}}
 
 
 def randn(*shape: int) -> Tensor:

@@ -8,11 +8,20 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.fignn import GRU, AttentionalScore, FiGNN, MessageLayer
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import fignn as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "fignn": FiGNN.Config(num_layers=2),
+    "fignn_own_layers": FiGNN.Config(num_layers=2, share_layers=False, gru=False, residual=False),
+    "attentional_score": AttentionalScore.Config(),
+}
+NEEDS: dict[str, Need] = {"fignn": two_fields, "fignn_own_layers": two_fields}
 
 
 def fields(count: int, dim: int = 10) -> FieldLayout:
@@ -69,7 +78,7 @@ def test_equals_the_formula(options: dict[str, Any]) -> None:
     block = fignn(num_layers=3, **options)
     assert len(block.layers) == (1 if options.get("share_layers", True) else 3)
     x_BFD = torch.randn(5, 4, 3, dtype=torch.float64)
-    y_BFD, edges_BFF = block(x_BFD).detach().numpy(), block.explain(x_BFD)["graph"].detach().numpy()
+    y_BFD, edges_BFF = block(x_BFD).detach().numpy(), block.explain(x_BFD)["attention"].detach().numpy()
     w = block.attention.weight[0].detach().numpy()
     assert block.out == LAYOUT
     for x, y, edges in zip(x_BFD.numpy(), y_BFD, edges_BFF, strict=True):
@@ -84,7 +93,7 @@ def test_messages_go_from_j_to_i() -> None:
     torch.manual_seed(2)
     block = fignn(num_layers=1)
     x_BFD = torch.randn(1, 4, 3, dtype=torch.float64)
-    shown, edges = block(x_BFD)[0].detach().numpy(), block.explain(x_BFD)["graph"][0].detach().numpy()
+    shown, edges = block(x_BFD)[0].detach().numpy(), block.explain(x_BFD)["attention"][0].detach().numpy()
     ((w_in, w_out, b),) = steps(block)
     p = gru_arrays(block.gru)
     x = x_BFD[0].numpy()
@@ -94,7 +103,7 @@ def test_messages_go_from_j_to_i() -> None:
 
 
 def test_graph_is_a_distribution_over_the_other_fields() -> None:
-    graph_BFF = fignn().explain(5 * torch.randn(6, 4, 3, dtype=torch.float64))["graph"]
+    graph_BFF = fignn().explain(5 * torch.randn(6, 4, 3, dtype=torch.float64))["attention"]
     assert (graph_BFF >= 0).all()
     assert not graph_BFF.diagonal(dim1=1, dim2=2).any()
     torch.testing.assert_close(graph_BFF.sum(-1), torch.ones(6, 4, dtype=torch.float64), rtol=0, atol=1e-12)

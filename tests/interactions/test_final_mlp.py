@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import BilinearFusion, LinearFusion
 from ctrlib.interactions.final_mlp import FeatureGate, FinalMLP
 from ctrlib.interactions.mlp import MLP
@@ -22,6 +23,13 @@ SMALL: dict[str, Any] = {
     "mlp2": MLP.Config(hidden_units=(5, 4)),
     "fs_hidden_units": (6,),
     "num_heads": 2,
+}
+
+# No ReLU, of which all units of one row may be off: then a gradient of zero would say nothing.
+SILU = MLP.Config(hidden_units=(8, 4), activation="silu", norm="batch", dropout=0.2)
+CONTRACT: dict[str, Interaction.Config] = {
+    "final_mlp": FinalMLP.Config(mlp1=SILU, mlp2=SILU, fs_hidden_units=(8,), num_heads=2),
+    "final_mlp_plain": FinalMLP.Config(mlp1=SILU, mlp2=SILU, use_fs=False, fusion="product"),
 }
 
 
@@ -73,8 +81,8 @@ def test_equals_the_formula() -> None:
     assert y_B11.shape == (5, 1, 1)
     assert sorted(shown) == ["bilinear", "gate_1", "gate_2"]
     np.testing.assert_allclose(y_B11[:, 0, 0].detach().numpy(), logits, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(shown["gate_1"].detach().numpy(), gates_1, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(shown["gate_2"].detach().numpy(), gates_2, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(shown["gate_1"].flatten(1).numpy(), gates_1, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(shown["gate_2"].flatten(1).numpy(), gates_2, rtol=0, atol=1e-10)
     np.testing.assert_allclose(shown["bilinear"].detach().numpy(), heads, rtol=0, atol=1e-10)
 
 
@@ -95,7 +103,7 @@ def test_a_gate_of_one_is_no_gate(context: FieldLayout | None) -> None:
 def test_gates_stay_between_zero_and_two() -> None:
     shown = final_mlp(CONTEXT, CONTEXT).explain(randn(50, 4, 3), 20 * randn(50, 2, 3), 20 * randn(50, 2, 3))
     for name in ("gate_1", "gate_2"):
-        assert shown[name].shape == (50, 12)
+        assert shown[name].shape == (50, 4, 3)
         assert (shown[name] > 0).all()
         assert (shown[name] < 2).all()
         assert shown[name].min() < 0.5
@@ -108,9 +116,9 @@ def test_without_context_the_gate_is_the_same_for_every_row() -> None:
     assert block.gate_1.vector is not None
     assert not block.gate_1.vector.any()
     gates = block.explain(randn(5, 4, 3))["gate_1"]
-    assert gates.shape == (5, 12)
-    assert torch.equal(gates, gates[:1].expand(5, 12))
-    assert not torch.equal(gates[0], torch.ones(12))
+    assert gates.shape == (5, 4, 3)
+    assert torch.equal(gates, gates[:1].expand(5, 4, 3))
+    assert not torch.equal(gates[0], torch.ones(4, 3))
 
 
 def test_a_context_gate_changes_with_the_context_only() -> None:

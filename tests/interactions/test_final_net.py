@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.final_net import FactorizedLinear, FactorizedMLP, FieldGate, FinalNet
 from ctrlib.schema import FieldLayout
 from tests.reference import final_net as reference
@@ -15,6 +16,15 @@ from tests.reference.mlp import linear
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 4)
 COMBINES: tuple[Literal["concat", "sum"], ...] = ("concat", "sum")
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "factorized_mlp": FactorizedMLP.Config(hidden_units=(8, 6), activation="none", norm="none"),
+    "final_net": FinalNet.Config(
+        block1=FactorizedMLP.Config(hidden_units=(8, 4), activation="silu", dropout=0.2),
+        block2=FactorizedMLP.Config(hidden_units=(5,), combine="sum", activation="tanh", norm="layer"),
+    ),
+    "final_net_1b": FinalNet.Config(block1=FactorizedMLP.Config(hidden_units=(8,), activation="silu"), block2=None, gate="sum"),
+}
 
 
 def mlp_config(*units: int, **options: Any) -> FactorizedMLP.Config:

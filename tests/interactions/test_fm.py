@@ -3,9 +3,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.fm import FM
 from ctrlib.schema import FieldLayout
 from tests.reference.fm import fm
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "fm": FM.Config(),
+}
+DERIVED = {"fm": {"pair"}}  # forward has Rendle's lemma
 
 
 def test_hand_case() -> None:
@@ -26,3 +32,11 @@ def test_equals_the_double_sum() -> None:
 def test_one_field_has_no_pairs() -> None:
     x_BFD = torch.randn(4, 1, 3, dtype=torch.float64)
     np.testing.assert_allclose(FM(FM.Config(), FieldLayout(("a",), 3))(x_BFD).numpy(), np.zeros((4, 1, 1)), atol=1e-12)
+
+
+def test_explain_shows_the_pairs_that_add_up_to_the_logit() -> None:
+    block = FM(FM.Config(), FieldLayout(("a", "b", "c"), 2))
+    x_BFD = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.0, 4.0]]])
+    assert block.axes == {"pair": (("a*b", "a*c", "b*c"),)}
+    assert block.explain(x_BFD)["pair"].tolist() == [[1.0, 8.0, -4.0]]
+    assert block(x_BFD).item() == 5.0

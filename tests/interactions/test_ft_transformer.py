@@ -8,12 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.ft_transformer import FTLayer, FTTransformer
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, even_width
 from tests.reference import ft_transformer as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 6)
 PLAIN: dict[str, Any] = {"attention_dropout": 0.0, "ffn_dropout": 0.0}
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "ft_transformer": FTTransformer.Config(num_layers=2, num_heads=2, residual_dropout=0.1),
+}
+NEEDS: dict[str, Need] = {"ft_transformer": even_width}
+DERIVED = {"ft_transformer": {"fields"}}  # the mean of attention maps
 
 
 def block(layout: FieldLayout = LAYOUT, **options: Any) -> FTTransformer:

@@ -6,12 +6,17 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cross_net import CrossNetV2
 from ctrlib.interactions.gdcn import GatedCrossNet
 from ctrlib.schema import FieldLayout
 from tests.reference.gdcn import gate, gated_cross
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "gated_cross_net": GatedCrossNet.Config(num_layers=2),
+}
 
 
 def test_hand_case() -> None:
@@ -47,7 +52,7 @@ def test_equals_the_formula() -> None:
     for i in range(3):
         before = [gated_cross(x.flatten().numpy(), weights[:i], biases[:i], gates[:i]) for x in x_BFD]
         opened = [gate(x_l, gates[i]) for x_l in before]
-        np.testing.assert_allclose(shown[f"gate/{i}"].detach().numpy(), opened, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(shown[f"gate/{i}"].flatten(1).numpy(), opened, rtol=0, atol=1e-10)
 
 
 def test_the_gate_reads_the_current_layer() -> None:

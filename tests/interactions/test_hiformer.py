@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.hiformer import Hiformer, HiformerLayer
 from ctrlib.interactions.token_linear import Composite, TokenLinear, TokenNorm
 from ctrlib.schema import FieldLayout
@@ -29,6 +30,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "values_only": {"composite": ("v",)},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "hiformer": Hiformer.Config(num_heads=2, key_dim=3, value_dim=4, rank_key=5, rank_value=6, ffn_dim=8, dropout=0.2),
+    "hiformer_full": Hiformer.Config(
+        composite=("q", "k", "v"),
+        rank_key=None,
+        rank_value=None,
+        num_layers=2,
+        prune_last=False,
+        norm="pre",
+        position_bias=True,
+    ),
+    "hiformer_factors_per_head": Hiformer.Config(rank_key=3, rank_value=4, share_factors=False, norm="none", num_tasks=2),
+    "hetero_att": Hiformer.Config(attention="hetero", num_layers=2, norm="pre", norm_per_token=True, attention_dropout=0.2),
+    "transformer": Hiformer.Config(attention="shared", ffn="shared", num_layers=2, norm="pre"),
+}
 
 
 def hiformer(layout: FieldLayout = LAYOUT, **options: Any) -> Hiformer:

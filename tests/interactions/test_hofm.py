@@ -6,12 +6,24 @@ import torch
 from torch import Tensor
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.hofm import HOFM, anova
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need
 from tests.reference import pairwise as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city", "week"), 6)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "hofm": HOFM.Config(order=4),
+    "hofm_shared": HOFM.Config(share_embedding=True),
+}
+# As many fields as the order, and a vector for each order above the first.
+NEEDS: dict[str, Need] = {
+    "hofm": lambda layout: layout.num_fields >= 4 and layout.dim % 3 == 0,
+    "hofm_shared": lambda layout: layout.num_fields >= 3,
+}
 
 
 def randn(*shape: int) -> Tensor:

@@ -12,11 +12,33 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.inner_product import PIN, InnerProduct, OuterProduct
 from ctrlib.interactions.pairs import Pairs
 from ctrlib.schema import FieldLayout
+from tests.interactions.contract import Need, two_fields
 from tests.reference import products as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 3)
 NAMES = ("user*item", "user*hour", "user*city", "item*hour", "item*city", "hour*city")
 KERNELS: list[Literal["matrix", "vector", "number"]] = ["matrix", "vector", "number"]
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "inner_product": InnerProduct.Config(),
+    "inner_product_alone": InnerProduct.Config(linear_signal=False),
+    "outer_product": OuterProduct.Config(),
+    "outer_product_alone": OuterProduct.Config(linear_signal=False),
+    "outer_product_matrix": OuterProduct.Config(kernel="matrix"),
+    "outer_product_vector": OuterProduct.Config(kernel="vector", linear_signal=False),
+    "outer_product_number": OuterProduct.Config(kernel="number"),
+    "pin": PIN.Config(hidden_units=(6, 3)),
+    "pin_without_norm": PIN.Config(hidden_units=(6, 3), norm="none"),
+}
+NEEDS: dict[str, Need] = {
+    "inner_product": two_fields,
+    "inner_product_alone": two_fields,
+    "outer_product_matrix": two_fields,
+    "outer_product_vector": two_fields,
+    "outer_product_number": two_fields,
+    "pin": two_fields,
+    "pin_without_norm": two_fields,
+}
 
 
 def randn(*shape: int) -> Tensor:

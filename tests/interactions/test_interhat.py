@@ -8,11 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.interhat import Aggregation, InterHAt
 from ctrlib.schema import FieldLayout
 from tests.reference import interhat as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour", "city"), 6)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "interhat": InterHAt.Config(num_heads=2, head_dim=4, hidden_dim=5, attention_dropout=0.2),
+    "interhat_official": InterHAt.Config(num_heads=2, head_dim=4, order=2, projection_activation="relu"),
+    "interhat_fuxictr": InterHAt.Config(num_heads=1, head_dim=6, order=2, output="if_needed"),
+}
 
 
 def interhat(layout: FieldLayout = LAYOUT, **options: Any) -> InterHAt:

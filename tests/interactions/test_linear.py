@@ -5,11 +5,18 @@ import pytest
 import torch
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.linear import FirstOrder, Linear
 from ctrlib.schema import FieldLayout
 from tests.reference import mlp as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "linear": Linear.Config(output_dim=2),
+    "first_order": FirstOrder.Config(),
+}
+DERIVED = {"first_order": {"field"}}  # forward sums over both axes at once
 
 
 @pytest.mark.parametrize("bias", [True, False])

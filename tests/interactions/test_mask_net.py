@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mask_net import MaskBlock, ParallelMaskNet, SerialMaskNet
 from ctrlib.interactions.token_linear import TokenNorm
 from ctrlib.schema import FieldLayout
 from tests.reference import mask_net as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "mask_net_serial": SerialMaskNet.Config(hidden_units=(16, 8), dropout=0.2),
+    "mask_net_serial_plain": SerialMaskNet.Config(hidden_units=(16, 8), embedding_norm=False),
+    "mask_net_parallel": ParallelMaskNet.Config(num_blocks=2, block_dim=8, dropout=0.2),
+}
 
 
 def fields(count: int, dim: int = 10) -> FieldLayout:
@@ -126,7 +133,7 @@ def test_explain_shows_the_masks(config: SerialMaskNet.Config | ParallelMaskNet.
     assert list(shown) == ["mask/0", "mask/1"]
     for i, mask in enumerate(shown.values()):
         expected = [reference.mask(numbers(x).flatten(), arrays(block.blocks[i])) for x in x_BFD]
-        np.testing.assert_allclose(numbers(mask), expected, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(numbers(mask.flatten(1)), expected, rtol=0, atol=1e-10)
 
 
 def test_dropout_acts_in_training() -> None:

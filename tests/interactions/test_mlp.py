@@ -6,11 +6,16 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import ACTIVATIONS, MLP, Activation
 from ctrlib.schema import FieldLayout
 from tests.reference import mlp as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "mlp": MLP.Config(hidden_units=(16, 8), output_dim=3, activation="gelu", norm="batch", dropout=0.2),
+}
 
 
 def linears(block: MLP) -> list[tuple[reference.Array, reference.Array]]:

@@ -6,12 +6,18 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.nfm import BiInteraction
 from ctrlib.schema import FieldLayout
 from tests.reference.pairs import bi_interaction
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 2)
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "bi_interaction": BiInteraction.Config(),
+    "bi_interaction_norm": BiInteraction.Config(norm="batch", dropout=0.2),
+}
 
 
 def test_equals_the_formula() -> None:

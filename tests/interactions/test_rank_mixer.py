@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.rank_mixer import RankMixer, RankMixerLayer
 from ctrlib.schema import FieldLayout
 from tests.reference import rank_mixer as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 5)
 SMALL: dict[str, Any] = {"num_tokens": 4, "token_dim": 8, "ffn_factor": 2}
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "rank_mixer": RankMixer.Config(num_tokens=5, token_dim=10, ffn_factor=2, dropout=0.1),
+}
 
 
 def rank_mixer(layout: FieldLayout = LAYOUT, **options: Any) -> RankMixer:

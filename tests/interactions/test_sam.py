@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.sam import SAM, SAMLayer
 from ctrlib.schema import FieldLayout
 from tests.reference import sam as reference
@@ -22,6 +23,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "sam3e"},
     {"kind": "sam3e", "num_layers": 2, "residual": True},
 ]
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "sam1": SAM.Config(kind="sam1", pooling="weighted"),
+    "sam2a": SAM.Config(kind="sam2a", dropout=0.2),
+    "sam2e": SAM.Config(kind="sam2e"),
+    "sam3a": SAM.Config(kind="sam3a", num_layers=2, residual=True, pooling="mean"),
+    "sam3e": SAM.Config(kind="sam3e", num_layers=2, residual=True),
+}
 
 
 def sam(layout: FieldLayout = LAYOUT, **options: Any) -> SAM:
@@ -54,7 +63,7 @@ def test_equals_the_formula(options: dict[str, Any]) -> None:
         x = x_BFD[row].numpy()
         for i, layer in enumerate(block.layers):
             x, attention = reference.layer(x, options["kind"], *parts(layer))
-            np.testing.assert_allclose(shown[f"attention/{i}"][row].detach().numpy(), attention, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(shown[f"score/{i}"][row].detach().numpy(), attention, rtol=0, atol=1e-10)
         np.testing.assert_allclose(y_BND[row].detach().numpy(), x, rtol=1e-12, atol=1e-10)
     assert len(shown) == len(block.layers)
     pairs = options["kind"].startswith("sam2")
@@ -88,7 +97,7 @@ def test_pooling(pooling: str) -> None:
 def test_softmax_in_place_of_plain_weights_is_noticed() -> None:
     """The mutation that the formula test must catch."""
     block, x_BFD = sam(kind="sam3e"), randn(5, 4, 3)
-    mutant = x_BFD * (block.explain(x_BFD)["attention/0"].softmax(-1) @ x_BFD)
+    mutant = x_BFD * (block.explain(x_BFD)["score/0"].softmax(-1) @ x_BFD)
     assert (mutant - block(x_BFD)).abs().max() > 1e-2
 
 

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError
+from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.wukong import Wukong, WukongLayer
 from ctrlib.schema import FieldLayout
 from tests.reference import wukong as reference
 
 LAYOUT = FieldLayout(("user", "item", "hour"), 4)
 SMALL: dict[str, Any] = {"num_fmb": 2, "num_lcb": 3, "fm_rank": 2, "hidden_units": (7, 6)}
+
+CONTRACT: dict[str, Interaction.Config] = {
+    "wukong": Wukong.Config(num_fmb=2, num_lcb=3, fm_rank=3, hidden_units=(16,), dropout=0.1),
+    "wukong_all_pairs": Wukong.Config(num_fmb=2, num_lcb=2, fm_rank=None, hidden_units=(16, 8)),
+}
 
 
 def wukong(layout: FieldLayout = LAYOUT, **options: Any) -> Wukong:

@@ -21,6 +21,7 @@ LAYOUT = BatchLayout(
 WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "num_neurons": 4, "dim": 4}
 WIDTHS |= {"key_dim": 4, "value_dim": 3, "rank_key": 5, "rank_value": 6}
 WIDTHS |= {"num_tokens": 4, "token_dim": 8, "num_fmb": 3, "num_lcb": 4, "fm_rank": 3, "num_orders": [5, 3]}
+LARGE, SMALL = 16, 8  # any other size above the one becomes the other
 
 
 def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
@@ -62,7 +63,9 @@ def shrunk(config: ModelComponent.Config, **changes: Any) -> ModelComponent.Conf
             sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") in ("FinalMLP", "FTTransformer") else {})
             # Width 1 is what makes a table one of first-order weights.
             return {k: sizes[k] if k in sizes and (k, v) != ("dim", 1) else walk(v) for k, v in node.items()}
-        return [walk(item) for item in node] if isinstance(node, list) else node
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        return SMALL if isinstance(node, int) and node > LARGE else node
 
     return from_json(walk(to_json(config)), ModelComponent.Config, COMPONENTS)
 

@@ -13,7 +13,9 @@ from torch.export import Dim
 from ctrlib.batch import Batch, Ragged
 from ctrlib.config import ConfigError, from_json, to_json
 from ctrlib.losses import total_loss
-from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.ctr import CTRModel, ModelComponent
+from ctrlib.models.final_mlp import FinalMLPModel
+from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.presets import COMPONENTS, PRESETS, Flavour, preset
 from ctrlib.schema import BatchLayout
 from tests.models.small import LAYOUT, awake, make, rows, shrunk, take
@@ -21,15 +23,17 @@ from tests.models.small import LAYOUT, awake, make, rows, shrunk, take
 CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]
 every_model = pytest.mark.parametrize(("name", "flavour"), CASES)
 TWO_LABELS = replace(LAYOUT, labels=("click", "buy"))
-ONE_LOGIT = {"lr", "fm", "wide_deep", "deepfm", "autoint_plus", "dual_mlp", "final_mlp"}
-ONE_LOGIT |= {"fgcnn_fm", "fgcnn_deepfm", "fwfm", "fmfm", "ffm", "hofm"}
-ONE_LOGIT |= {"cin", "xdeepfm", "fibinet", "fignn"}
-ONE_LOGIT |= {"final_net_1b", "final_net_2b"}
-ONE_LOGIT |= {"afm", "nfm", "destine", "destine_plus"}
 
 
 def model(name: str, flavour: Flavour, layout: BatchLayout = LAYOUT, **changes: object) -> ModelComponent:
     return awake(make(shrunk(preset(name, flavour), **changes), layout))
+
+
+def has_one_logit(config: ModelComponent.Config) -> bool:
+    """Whether the model is of one label: its block makes the logit, or first-order weights are added to it."""
+    if isinstance(config, CTRModel.Config):
+        return config.head is None or config.first_order is not None
+    return isinstance(config, FinalMLPModel.Config | FinalNetModel.Config)
 
 
 def backward(loss: Tensor) -> None:
@@ -172,7 +176,7 @@ def test_bf16_autocast(name: str, flavour: Flavour) -> None:
 @every_model
 def test_several_labels(name: str, flavour: Flavour) -> None:
     config = shrunk(preset(name, flavour))
-    if name in ONE_LOGIT:
+    if has_one_logit(config):
         with pytest.raises(ConfigError, match=r"one logit.*click, buy|click, buy.*one logit"):
             make(config, TWO_LABELS)
         return
@@ -181,6 +185,22 @@ def test_several_labels(name: str, flavour: Flavour) -> None:
     assert logits.shape == (6, 2)
     assert not torch.isclose(logits[:, 0], logits[:, 1]).any()
     assert total_loss(m(batch), batch).isfinite()
+
+
+@every_model
+def test_explains_each_row(name: str, flavour: Flavour) -> None:
+    m, batch = model(name, flavour), rows(5)
+    expected = m(batch).logits
+    m.train()
+    shown = m.explain(batch)
+    assert all(module.training for module in m.modules())
+    assert {name: value.shape for name, value in shown.items()} == {
+        name: (5, *map(len, labels)) for name, labels in m.axes.items()
+    }
+    for key, value in m.explain(take(batch, [2, 0, 4])).items():
+        torch.testing.assert_close(value, shown[key][[2, 0, 4]])
+        assert not value.requires_grad
+    torch.testing.assert_close(m.eval()(batch).logits, expected)
 
 
 @every_model

@@ -30,8 +30,7 @@ def final_mlp(**options: Any) -> FinalMLPModel:
 
 
 def gates(model: FinalMLPModel, batch: Batch) -> dict[str, Tensor]:
-    contexts = [None if c is None else c(batch) for c in (model.context_1, model.context_2)]
-    return model.interaction.explain(model.embedding(batch), *contexts)
+    return model.explain(batch)
 
 
 def test_without_contexts_one_gate_for_all_rows_and_exactly_one_at_the_start() -> None:
