@@ -69,7 +69,7 @@ class LogTransform(Interaction):
             y_NL = F.linear(log_NF, self.orders_LF, self.bias_L).exp()
             if self.norm_exp is not None:
                 y_NL = self.norm_exp(y_NL)
-            return y_NL.view(x_BFD.shape[0], x_BFD.shape[2], -1).transpose(1, 2)
+            return y_NL.view(x_BFD.shape[0], x_BFD.shape[2], y_NL.shape[1]).transpose(1, 2)
 
     @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
