@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "fwfm": {},
     "fmfm": {},
     "onn": {"embedding.dim": "4"} | _mlp("interaction.blocks.1"),
+    "ifm": {"embedding.dim": "{more}"},
     "cin": {"interaction.hidden_units": "64,64,64", "interaction.bias": "true"},
     "xdeepfm": {"interaction.streams.0.blocks.0.hidden_units": "64,64,64", "interaction.streams.0.blocks.0.bias": "true"}
     | _mlp("interaction.streams.1"),
@@ -66,8 +67,8 @@ def layout(sizes: Sequence[int]) -> BatchLayout:
 
 def ctrlib_model(name: str, sizes: Sequence[int], dim: int) -> ModelComponent:
     """ctrlib's model at the benchmark's sizes."""
-    # DeepCTR-Torch ties the width of AutoInt's two heads to that of the embedding.
-    settings = {path: value.format(half=dim // 2) for path, value in SETTINGS[name].items()}
+    # DeepCTR-Torch ties the width of AutoInt's two heads to that of the embedding; IFM's has the first-order weight, too.
+    settings = {path: value.format(half=dim // 2, more=dim + 1) for path, value in SETTINGS[name].items()}
     config = override(preset(name.removesuffix("_tied")), {"embedding.dim": str(dim), **settings}, COMPONENTS)
     return build_model(config, layout(sizes))
 

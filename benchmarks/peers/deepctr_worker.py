@@ -20,6 +20,7 @@ from deepctr_torch.models import (  # noqa: E402
     AFM,
     AFN,
     DCN,
+    IFM,
     NFM,
     ONN,
     PNN,
@@ -61,6 +62,7 @@ def build(name, columns, seed):
         "xdeepfm": lambda: xDeepFM(*also, **deep, **cin),
         "fibinet": lambda: FiBiNET(*also, **deep, **without),
         "afn": lambda: AFN([], columns, ltl_hidden_size=600, afn_dnn_hidden_units=HIDDEN, **without),
+        "ifm": lambda: IFM(*also, **without),
         "afm": lambda: AFM(*also, attention_factor=16, l2_reg_att=0.0, **without),
         "nfm": lambda: NFM(*also, **deep, **without),
     }

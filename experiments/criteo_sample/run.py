@@ -61,9 +61,9 @@ flavour `paper`, default settings of `ctrlib train`, mean ± standard deviation 
 rows; the test rows are read once, after that. Nothing is tuned, neither for the data nor for a preset.
 
 The difference is to `dnn` with the same seed: mean and 95 % confidence interval (Student's t over three pairs). The interval
-speaks of other seeds, not of other rows; and of 56 intervals about three miss zero by chance. Parameters are those outside the
-embedding tables. Rows/s are training rows by second of CPU time, evaluations included, on one thread of a CPU that other work
-shared: read them as an order of magnitude.
+speaks of other seeds, not of other rows; and of {intervals} intervals about three miss zero by chance. Parameters are those
+outside the embedding tables. Rows/s are training rows by second of CPU time, evaluations included, on one thread of a CPU that
+other work shared: read them as an order of magnitude.
 
 | model | test AUC | difference to dnn | test log loss | epochs | parameters | rows/s |
 |---|---|---|---|---|---|---|
@@ -111,7 +111,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """README.md."""
     done = {name: found for name, found in results.items() if "error" not in found}
-    text = INTRO + "".join(_line(found, done.get(BASELINE)) for found in done.values())
+    text = INTRO.format(intervals=len(PRESETS) - 1) + "".join(_line(found, done.get(BASELINE)) for found in done.values())
     reduced = {name: found for name, found in done.items() if found["reduced"]}
     if reduced:
         text += (
