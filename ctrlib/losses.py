@@ -79,11 +79,15 @@ def add_embedding_l2(tables: Iterable[nn.Parameter], strength: float, mode: Lite
 
 
 @torch.no_grad()
-def add_net_l2(model: nn.Module, strength: float) -> None:
-    """The same with ``full_table`` for every trainable parameter that is not an embedding table, biases and norms included."""
-    tables = {id(table) for table in embedding_parameters(model)}
+def add_net_l2(model: nn.Module, strength: float, without: Iterable[nn.Parameter] = ()) -> None:
+    """The same with ``full_table`` for every trainable parameter that is not an embedding table, biases and norms included.
+
+    Args:
+        without: parameters that do not pay.
+    """
+    others = {id(parameter) for parameter in (*embedding_parameters(model), *without)}
     for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in tables:
+        if parameter.requires_grad and id(parameter) not in others:
             _add_l2(parameter, strength)
 
 

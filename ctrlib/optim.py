@@ -6,7 +6,7 @@ The row-wise optimizers of the tables themselves are in :mod:`ctrlib.rowwise`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -100,15 +100,19 @@ class OptimizerConfig:
         return self.learning_rate * (ADAGRAD_FACTOR if "adagrad" in self.embedding else 1.0)
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig, without: Iterable[nn.Parameter] = ()) -> list[dict[str, Any]]:
     """The trainable parameters in up to two groups: the net (with weight decay), then the embedding tables (without).
+
+    Args:
+        without: parameters left out, which another optimizer updates.
 
     Raises:
         ConfigError: the model has no trainable parameter.
     """
-    tables = embedding_parameters(model)
-    is_table = {id(table) for table in tables}
-    net = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
+    left_out = {id(parameter) for parameter in without}
+    tables = [table for table in embedding_parameters(model) if id(table) not in left_out]
+    others = left_out | {id(table) for table in tables}
+    net = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups: list[dict[str, Any]] = [
         {"params": net, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": tables, "lr": config.embedding_learning_rate or config.learning_rate, "weight_decay": 0.0},
@@ -129,15 +133,15 @@ class Optimizer:
         param_groups: as of ``torch.optim``: parameters and learning rates; set ``lr`` there.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, model: nn.Module, config: OptimizerConfig, without: Iterable[nn.Parameter] = ()) -> None:
+        self._model, self._config, self._without = model, config, tuple(without)
         found: dict[int, EmbeddingTable] = {}
         if config.embedding != "dense":
             found = {id(m.weight): m for m in model.modules() if isinstance(m, EmbeddingTable) and m.weight.requires_grad}
         for weight in embedding_parameters(model):
             if weight.dtype == torch.bfloat16 and id(weight) not in found:
                 raise ConfigError("bfloat16 tables need a row-wise optimizer; set optimizer.embedding, e.g. to 'lazy_adam'")
-        groups = parameter_groups(model, config)
+        groups = parameter_groups(model, config, self._without)
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in found]
         groups = [group for group in groups if group["params"]]
@@ -173,7 +177,7 @@ class Optimizer:
             batch_rows = config.embedding_l2_mode == "batch_rows"
             add_embedding_l2(self._dense_tables, config.embedding_l2, "batch_rows" if batch_rows else "full_table")
         if config.net_l2:
-            add_net_l2(self._model, config.net_l2)
+            add_net_l2(self._model, config.net_l2, self._without)
         squares = [table.coalesce() for table in self._tables]
         norm, scale = torch.zeros(()), torch.ones(())
         if config.max_grad_norm is not None:
@@ -218,8 +222,8 @@ class Optimizer:
             self._sat_out.load_state_dict(state["sat_out"])
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of all trainable parameters.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, without: Iterable[nn.Parameter] = ()) -> Optimizer:
+    """The optimizer of all trainable parameters but those in ``without`` (none of them an embedding table).
 
     Tables are the :class:`~ctrlib.table.EmbeddingTable`\\ s of the model; other ``nn.Embedding``\\ s are updated like
     the net, at the tables' learning rate.
@@ -227,7 +231,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     Raises:
         ConfigError: the model has no trainable parameter, or bfloat16 tables and ``embedding="dense"``.
     """
-    return Optimizer(model, config)
+    return Optimizer(model, config, without)
 
 
 def _dense_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -26,6 +26,7 @@ LAYERS = (
     {"models"},
     {"artifact"},
     {"experiment"},
+    {"search"},
     {"cli", "__main__"},
 )
 FORBIDDEN = {
