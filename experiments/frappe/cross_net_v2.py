@@ -1,7 +1,7 @@
 """The cross network of DCN-V2, alone, on Frappe_x1 with the settings of BARS, but for the L2 of the embedding.
 
-1e-4 instead of 1e-3: in the public log, the best run's settings with 1e-4 come to .972778 (run 011; the best has .972914), and with
-1e-3 only 1 of 5 runs leaves the plateau near .943, with 1e-4 4 of 5.
+1e-4 instead of 1e-3: in the public log, the best run's settings come to .972778 with 1e-4 (run 011; the best has .972914), and
+with 1e-3 only 1 of 5 runs leaves the plateau near .943, with 1e-4 4 of 5.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SAM on Frappe_x1 with the settings of BARS, but for the L2 of the embedding.
 
-0.01 instead of 0.05: in the public log, the best run's settings with 0.01 come to .980205 (run 023; the best has .980120), and with
-0.05 only 2 of 9 runs of such models leave the plateau near .943, with 0.01 8 of 9.
+0.01 instead of 0.05: in the public log, the best run's settings come to .980205 with 0.01 (run 023; the best has .980120), and
+with 0.05 only 2 of 9 runs of such models leave the plateau near .943, with 0.01 8 of 9.
 """
 
 from __future__ import annotations
