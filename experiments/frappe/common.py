@@ -13,7 +13,7 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import Experiment, RunConfig
 from ctrlib.models.ctr import ModelComponent
 from ctrlib.models.presets import COMPONENTS, preset
-from ctrlib.optim import OptimizerConfig
+from ctrlib.optim import OptimizerConfig, ScheduleConfig, ScheduleName
 from ctrlib.schema import DataError
 from ctrlib.training import FitConfig, Monitor, Precision
 
@@ -51,13 +51,16 @@ def frappe(
     embedding_l2: float = 0.0,
     net_l2: float = 0.0,
     monitor: Monitor = "auc",
-    patience: int = 2,
+    patience: int | None = 2,
+    schedule: ScheduleName = "plateau",
     precision: Precision = "fp32",
     note: str = "",
 ) -> Experiment:
-    """An experiment with BARS' common settings: dense Adam 1e-3, batch 4096, clipping at 10, 100 epochs."""
+    """An experiment with BARS' common settings: dense Adam 1e-3, batch 4096, clipping at 10, at most 100 epochs."""
     optimizer = OptimizerConfig(embedding="dense", embedding_l2=embedding_l2, net_l2=net_l2)
-    fit = FitConfig(optimizer=optimizer, monitor=monitor, patience=patience, precision=precision)
+    fit = FitConfig(
+        optimizer=optimizer, monitor=monitor, patience=patience, precision=precision, schedule=ScheduleConfig(name=schedule)
+    )
     return Experiment(
         name=f"frappe/{name}",
         config=RunConfig(model=model, fit=fit, batch_size=4096, ridge=0.0),

@@ -1,4 +1,8 @@
-"""SAM on Frappe_x1 with the settings of BARS."""
+"""SAM on Frappe_x1 with the settings of BARS, but for the L2 of the embedding.
+
+0.01 instead of 0.05: in the public log, the best run's settings come to .980205 with 0.01 (run 023; the best has .980120), and
+with 0.05 only 2 of 9 runs of such models leave the plateau near .943, with 0.01 8 of 9.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ def experiment() -> Experiment:
                 "interaction.dropout": "0.2",
             },
         ),
-        embedding_l2=0.05,
+        embedding_l2=0.01,
         published={"auc": 0.98012, "log_loss": 0.173521, "parameters": 58791},
+        note="embedding L2 0.01 instead of 0.05",
     )
