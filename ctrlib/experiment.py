@@ -120,6 +120,7 @@ class DataOptions:
         group, time, weight: columns, for an inferred schema.
         seed: of a random split.
         stream: :func:`train` encodes while it trains instead of writing a store first: the same batches, less disk, more time.
+        cross_memory_mb: what crosses may take, see :meth:`.Encoder.fit`.
     """
 
     label: str | tuple[str, ...] | None = None
@@ -133,9 +134,12 @@ class DataOptions:
     weight: str | None = None
     seed: int = 0
     stream: bool = False
+    cross_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.cross_memory_mb is not None:
+            positive("cross_memory_mb", self.cross_memory_mb)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -172,7 +176,7 @@ def _inferred_schema(rows: Source, options: DataOptions) -> Schema:
 def _require(table: Source, schema: Schema) -> None:
     """Raise :class:`DataError` for the first column that encoding would miss, before any long work."""
     table.require(schema.labels, ", named as label")
-    table.require([f.name for f in schema.fields], ", which the schema declares as a field")
+    table.require(schema.inputs, ", which the schema declares as a field")
     table.require([c for c in (schema.weight, schema.group) if c is not None], ", named as weight or group")
 
 
@@ -215,7 +219,8 @@ def _fit_encoder(data: object, options: DataOptions) -> tuple[Encoder, dict[str,
     schema = schema or _inferred_schema(parts["train"], options)
     for source in given.values():
         _require(source, schema)
-    return Encoder.fit(schema, parts["train"]), {**parts, **given}
+    encoder = Encoder.fit(schema, parts["train"], cross_memory_mb=options.cross_memory_mb)
+    return encoder, {**parts, **given}
 
 
 def configure(

@@ -323,6 +323,11 @@ class Vocabulary:
         if counter.nulls >= min_count:
             values = pa.concat_arrays([values, pa.nulls(1, values.type)])
             counts = np.append(counts, counter.nulls)
+        return cls.ordered(values, counts, max_size)
+
+    @classmethod
+    def ordered(cls, values: Any, counts: Counts, max_size: int | None = None) -> Vocabulary:
+        """The most frequent of these distinct values first, ties by value; at most ``max_size``."""
         table = pa.table({"value": values, "count": counts})
         order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("value", "ascending")])
         order = order.slice(0, max_size) if max_size is not None else order
@@ -351,6 +356,10 @@ class Vocabulary:
         at = self._index.find(keys.dictionary)
         return _spread(keys, at + np.int32(FIRST_VALUE_ID), self.missing_id)  # nowhere, -1, becomes OOV
 
+    def key_ids(self, keys: npt.NDArray[np.int64]) -> Ids:
+        """As :meth:`ids`, of integers as they are, where nearly every one may be different."""
+        return self._index.find(pa.array(keys)) + np.int32(FIRST_VALUE_ID)
+
     def fingerprint(self) -> bytes:
         """Bytes that change with any value, order or count."""
         nulls = pc.is_null(self.values).to_numpy(zero_copy_only=False)
@@ -371,8 +380,14 @@ class HashBuckets:
 
     def ids(self, keys: Any) -> Ids:
         """Ids of a dictionary-encoded block of keys."""
-        hashed = (hash64(keys.dictionary) % np.uint64(self.buckets)).astype(np.int32) + FIRST_VALUE_ID
-        return _spread(keys, hashed, OOV_ID)
+        return _spread(keys, self._buckets(keys.dictionary), OOV_ID)
+
+    def key_ids(self, keys: npt.NDArray[np.int64]) -> Ids:
+        """As :meth:`ids`, of integers as they are; those below 0 are OOV."""
+        return np.where(keys < 0, np.int32(OOV_ID), self._buckets(pa.array(keys)))
+
+    def _buckets(self, values: Any) -> Ids:
+        return (hash64(values) % np.uint64(self.buckets)).astype(np.int32) + np.int32(FIRST_VALUE_ID)
 
     def fingerprint(self) -> bytes:
         """Bytes that change with the number of buckets."""
