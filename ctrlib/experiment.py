@@ -29,11 +29,13 @@ from ctrlib import artifact
 from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader, StreamLoader
+from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.files import check_new_folder, json_text, new_folder, write_json
+from ctrlib.memory import cross_memory
 from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
@@ -294,6 +296,8 @@ def _train(
         raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
+    if device.type == "cpu":
+        _check_cross_memory(config, encoder)
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
@@ -329,6 +333,20 @@ def _train(
     (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     shutil.rmtree(part / "store", ignore_errors=True)
     return report
+
+
+def _check_cross_memory(config: RunConfig, encoder: Encoder) -> None:
+    embedding = config.model.embedding
+    memory = cross_memory(
+        encoder.layout, embedding.dim, config.fit.optimizer, dims=embedding.dims, row_dtype=embedding.row_dtype
+    )
+    free = 2 * half_of_free_mb() * 2**20
+    if memory.total > free:
+        raise DataError(
+            f"the crosses have {memory.rows:,} values, which take {memory.total / 2**20:,.0f} MB in training with "
+            f"fit.optimizer.embedding={config.fit.optimizer.embedding!r}; free are {free / 2**20:,.0f} MB. Raise their "
+            "min_count, set max_size or hash_size, cross fewer fields, lower model.embedding.dim, or choose an optimizer that keeps less"
+        )
 
 
 def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: str) -> None:
