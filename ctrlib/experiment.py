@@ -345,7 +345,8 @@ def _check_cross_memory(config: RunConfig, encoder: Encoder) -> None:
         raise DataError(
             f"the crosses have {memory.rows:,} values, which take {memory.total / 2**20:,.0f} MB in training with "
             f"fit.optimizer.embedding={config.fit.optimizer.embedding!r}; free are {free / 2**20:,.0f} MB. Raise their "
-            "min_count, set max_size or hash_size, cross fewer fields, lower model.embedding.dim, or choose an optimizer that keeps less"
+            "min_count, set max_size or hash_size, cross fewer fields, lower model.embedding.dim, or take an optimizer that "
+            "keeps less"
         )
 
 

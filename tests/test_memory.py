@@ -19,7 +19,7 @@ from ctrlib.schema import BatchLayout, DataError, SparseColumn
 from ctrlib.table import EmbeddingTable
 from tests.clicks import SCHEMA, clicks, tiny
 
-EVERY = [
+EVERY: list[dict[str, Any]] = [
     *({"embedding": e} for e in ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "rowwise_adam", "adam")),
     *({"embedding": "dense", "name": n} for n in ("adam", "adamw", "adagrad", "sgd")),
     {"embedding": "dense", "name": "sgd", "momentum": 0.9},

@@ -319,7 +319,9 @@ class Encoder:
             if isinstance(vocabulary, HashBuckets):
                 files[name] = {"buckets": vocabulary.buckets}
                 continue
-            files[name] = {"file": f"vocabularies/{i:04d}.parquet"}  # a field's name may not be a file name
+            dropped = {"dropped": vocabulary.dropped, "oov_dropped": vocabulary.oov_dropped}
+            file = {"file": f"vocabularies/{i:04d}.parquet"}  # a field's name may not be a file name
+            files[name] = file | {option: value for option, value in dropped.items() if value}
             tables.append((folder / f"vocabularies/{i:04d}.parquet", vocabulary))
         parallel(_write_vocabulary, tables)
         data = {"hash": self.hash, "numeric": self._json()["numeric"], "vocabularies": files}
@@ -342,7 +344,8 @@ class Encoder:
                 else:
                     table = pq.read_table(folder / entry["file"]).combine_chunks()
                     value, count = (table[c].combine_chunks() for c in ("value", "count"))
-                    vocabularies[name] = Vocabulary(value, count.to_numpy())
+                    dropped = int(entry.get("dropped", 0)), bool(entry.get("oov_dropped", False))
+                    vocabularies[name] = Vocabulary(value, count.to_numpy(), *dropped)
             numeric = {n: Numeric(**{**v, "edges": tuple(v["edges"])}) for n, v in data["numeric"].items()}
             expected = data["hash"]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
