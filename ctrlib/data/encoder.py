@@ -145,7 +145,7 @@ class Encoder:
         fields = [f for f in self.schema.fields if f.name in names]
         return Encoder(
             replace(self.schema, fields=tuple(replace(f, shares=None) if isinstance(f, SparseField) else f for f in fields)),
-            {f.name: v for f in fields if (v := self.vocabularies.get(_table(f))) is not None},
+            {f.name: v for f in fields if (v := self.vocabularies.get(vocabulary_name(f))) is not None},
             self.numeric,
         )
 
@@ -162,11 +162,11 @@ class Encoder:
                 learned = self.numeric[f.name]
                 dense.append(DenseColumn(f.name, learned.num_bins if f.encoding == "piecewise" else 0, learned.missing))
             elif isinstance(f, SequenceField):
-                size = self.vocabularies[_table(f)].size
-                sequences.append(SequenceColumn(f.name, size, _table(f), f.pooling, f.ordered))
+                size = self.vocabularies[vocabulary_name(f)].size
+                sequences.append(SequenceColumn(f.name, size, vocabulary_name(f), f.pooling, f.ordered))
             else:
                 of = f.of if isinstance(f, CrossField) else None
-                sparse.append(SparseColumn(f.name, self.vocabularies[_table(f)].size, _table(f), of))
+                sparse.append(SparseColumn(f.name, self.vocabularies[vocabulary_name(f)].size, vocabulary_name(f), of))
         return BatchLayout(tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels)
 
     @cached_property
@@ -277,12 +277,12 @@ class Encoder:
             keys = _category_keys(as_floats(array, describe), describe)
         else:
             keys = as_keys(array, self._keys(f), describe)
-        return self.vocabularies[_table(f)].ids(keys)
+        return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, Ids]:
         values, lengths, describe = _flat(f, array, describe)
         keys = as_keys(values, self._keys(f), describe)
-        ids = self.vocabularies[_table(f)].ids(keys)
+        ids = self.vocabularies[vocabulary_name(f)].ids(keys)
         if f.max_length is not None:  # keep the last ones
             ends = np.repeat(np.cumsum(lengths), lengths)
             ids = ids[ends - np.arange(len(ids)) <= f.max_length]
@@ -290,7 +290,7 @@ class Encoder:
         return ids, lengths
 
     def _keys(self, f: SparseField | SequenceField) -> Any:
-        vocabulary = self.vocabularies[_table(f)]
+        vocabulary = self.vocabularies[vocabulary_name(f)]
         return vocabulary.values.type if isinstance(vocabulary, Vocabulary) else pa.large_string()
 
     def ids(self, field: str, values: Sequence[object]) -> Ids:
@@ -304,7 +304,7 @@ class Encoder:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
         keys = as_keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
-        return self.vocabularies[_table(f)].ids(keys)
+        return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
         return {"schema": self.schema.to_json(), "numeric": {n: asdict(v) for n, v in sorted(self.numeric.items())}}
@@ -361,7 +361,8 @@ def _write_vocabulary(job: tuple[Path, Vocabulary]) -> None:
     pq.write_table(pa.table({"value": vocabulary.values, "count": vocabulary.counts}), path, compression="zstd")
 
 
-def _table(f: Field) -> str:
+def vocabulary_name(f: Field) -> str:
+    """Under which name the vocabulary of a field is found: its own, or that of the field it shares with."""
     return (f.shares if isinstance(f, SparseField | SequenceField) else None) or f.name
 
 
