@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
-    from ctrlib.schema import DataError, DenseField, Schema, SequenceField, SparseField
+    from ctrlib.schema import CrossField, DataError, DenseField, Schema, SequenceField, SparseField
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 
 _MODULES = {
@@ -35,7 +35,7 @@ _MODULES = {
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
-    "schema": ("DataError", "DenseField", "Schema", "SequenceField", "SparseField"),
+    "schema": ("CrossField", "DataError", "DenseField", "Schema", "SequenceField", "SparseField"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
 }
 
@@ -45,6 +45,7 @@ __all__ = [
     "Batch",
     "CTRModel",
     "ConfigError",
+    "CrossField",
     "DataError",
     "DataOptions",
     "DenseField",

@@ -95,7 +95,7 @@ class Artifact:
         """The rows, of which there may be none; then the columns are checked here."""
         table = open_source(data)
         if table.num_rows == 0 and table.types:  # an empty list of rows has no columns to look at
-            table.require([f.name for f in self.schema.fields], ", which the model reads")
+            table.require(self.schema.inputs, ", which the model reads")
         return table
 
 

@@ -29,11 +29,13 @@ from ctrlib import artifact
 from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader, StreamLoader
+from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.files import check_new_folder, json_text, new_folder, write_json
+from ctrlib.memory import cross_memory
 from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
@@ -120,6 +122,7 @@ class DataOptions:
         group, time, weight: columns, for an inferred schema.
         seed: of a random split.
         stream: :func:`train` encodes while it trains instead of writing a store first: the same batches, less disk, more time.
+        cross_memory_mb: what crosses may take, see :meth:`.Encoder.fit`.
     """
 
     label: str | tuple[str, ...] | None = None
@@ -133,9 +136,12 @@ class DataOptions:
     weight: str | None = None
     seed: int = 0
     stream: bool = False
+    cross_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.cross_memory_mb is not None:
+            positive("cross_memory_mb", self.cross_memory_mb)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ def _inferred_schema(rows: Source, options: DataOptions) -> Schema:
 def _require(table: Source, schema: Schema) -> None:
     """Raise :class:`DataError` for the first column that encoding would miss, before any long work."""
     table.require(schema.labels, ", named as label")
-    table.require([f.name for f in schema.fields], ", which the schema declares as a field")
+    table.require(schema.inputs, ", which the schema declares as a field")
     table.require([c for c in (schema.weight, schema.group) if c is not None], ", named as weight or group")
 
 
@@ -215,7 +221,8 @@ def _fit_encoder(data: object, options: DataOptions) -> tuple[Encoder, dict[str,
     schema = schema or _inferred_schema(parts["train"], options)
     for source in given.values():
         _require(source, schema)
-    return Encoder.fit(schema, parts["train"]), {**parts, **given}
+    encoder = Encoder.fit(schema, parts["train"], cross_memory_mb=options.cross_memory_mb)
+    return encoder, {**parts, **given}
 
 
 def configure(
@@ -289,6 +296,8 @@ def _train(
         raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
+    if device.type == "cpu":
+        _check_cross_memory(config, encoder)
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
@@ -324,6 +333,21 @@ def _train(
     (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     shutil.rmtree(part / "store", ignore_errors=True)
     return report
+
+
+def _check_cross_memory(config: RunConfig, encoder: Encoder) -> None:
+    embedding = config.model.embedding
+    memory = cross_memory(
+        encoder.layout, embedding.dim, config.fit.optimizer, dims=embedding.dims, row_dtype=embedding.row_dtype
+    )
+    free = 2 * half_of_free_mb() * 2**20
+    if memory.total > free:
+        raise DataError(
+            f"the crosses have {memory.rows:,} values, which take {memory.total / 2**20:,.0f} MB in training with "
+            f"fit.optimizer.embedding={config.fit.optimizer.embedding!r}; free are {free / 2**20:,.0f} MB. Raise their "
+            "min_count, set max_size or hash_size, cross fewer fields, lower model.embedding.dim, or take an optimizer that "
+            "keeps less"
+        )
 
 
 def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: str) -> None:

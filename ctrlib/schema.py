@@ -9,8 +9,9 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Side = Literal["context", "candidate"]
 NumericEncoding = Literal["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
@@ -48,6 +49,8 @@ def _is_list_of(kind: type, value: object) -> bool:
 def _types(hint: Any) -> tuple[type, ...]:
     """The types that an annotation of a field option allows; names of choices are text."""
     args = get_args(hint)
+    if get_origin(hint) is tuple:  # in JSON a list
+        return (list,)
     return (str,) if args and isinstance(args[0], str) else args or (hint,)
 
 
@@ -148,8 +151,47 @@ class SequenceField:
             raise DataError(f"field {self.name!r}: separator is empty; give the character between values, or null")
 
 
-Field = SparseField | DenseField | SequenceField
-_KINDS: Mapping[str, type[Field]] = {"sparse": SparseField, "dense": DenseField, "sequence": SequenceField}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossField:
+    """Two fields of categories read as one: a value for every pair of their values, with an embedding row of its own.
+
+    A value is the pair of the two *ids*, after the thresholds of the two fields; where one of them is OOV, or the pair was seen
+    fewer than ``min_count`` times, it is the OOV of this cross. A cross has no column in the table.
+
+    Args:
+        name: of the cross, usually ``"user*item"``.
+        of: the names of two sparse fields, or dense ones that become categories (``criteo_log``, ``bucket``).
+        side: see :class:`SparseField`; ``"context"`` only if both fields are.
+        min_count, max_size, hash_size: see :class:`SparseField`; of pairs.
+    """
+
+    name: str
+    of: tuple[str, str]
+    side: Side = "candidate"
+    min_count: int = 1
+    max_size: int | None = None
+    hash_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice(self.name, "side", self.side, get_args(Side))
+        _check_vocabulary_options(self.name, self.min_count, self.max_size, self.hash_size)
+        of: Sequence[object] = self.of  # of a schema written by hand, anything
+        if len(of) != 2 or not _is_list_of(str, of) or of[0] == of[1]:
+            raise DataError(f"field {self.name!r}: of is {list(of)}; expected the names of two different fields")
+
+
+Field = SparseField | DenseField | SequenceField | CrossField
+_KINDS: Mapping[str, type[Field]] = {
+    "sparse": SparseField,
+    "dense": DenseField,
+    "sequence": SequenceField,
+    "cross": CrossField,
+}
+
+
+def is_category(f: Field) -> bool:
+    """Whether a value of the field is one id learned or counted from the field's own column: what can be crossed."""
+    return isinstance(f, SparseField) or (isinstance(f, DenseField) and f.is_category)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,11 +227,11 @@ class Schema:
             raise DataError(f"column {self.weight!r} is the row weight and also a field or label; remove one of the two")
         by_name = {f.name: f for f in self.fields}
         for f in self.fields:
-            if isinstance(f, DenseField) or f.shares is None:
+            if not isinstance(f, SparseField | SequenceField) or f.shares is None:
                 continue
             shares = f.shares
             other = by_name.get(shares)
-            if other is None or isinstance(other, DenseField) or other.name == f.name:
+            if not isinstance(other, SparseField | SequenceField) or other.name == f.name:
                 raise DataError(
                     f"field {f.name!r} shares the vocabulary of {shares!r}, which is not another sparse or sequence "
                     f"field{suggest(shares, (n for n in names if n != f.name))}"
@@ -201,6 +243,21 @@ class Schema:
                 )
             if other.shares is not None:
                 raise DataError(f"field {f.name!r} shares with {shares!r}, which itself shares with {other.shares!r}")
+        crossed: dict[frozenset[str], str] = {}
+        for f in self.crosses:
+            for name in f.of:
+                part = by_name.get(name)
+                if part is None or not is_category(part):
+                    can = [n for n in names if is_category(by_name[n])]
+                    raise DataError(
+                        f"field {f.name!r} crosses {name!r}, which is not a field of categories (sparse, or dense with "
+                        f"encoding criteo_log or bucket){suggest(name, can)}"
+                    )
+                if f.side == "context" and part.side != "context":
+                    raise DataError(f"field {f.name!r} has side 'context', but crosses {name!r} of side {part.side!r}")
+            if (pair := frozenset(f.of)) in crossed:
+                raise DataError(f"fields {crossed[pair]!r} and {f.name!r} cross the same two fields; remove one of the two")
+            crossed[pair] = f.name
 
     def __getitem__(self, name: str) -> Field:
         for f in self.fields:
@@ -209,10 +266,20 @@ class Schema:
         raise DataError(f"the schema has no field {name!r}{suggest(name, (f.name for f in self.fields))}")
 
     @property
+    def crosses(self) -> tuple[CrossField, ...]:
+        """The crosses among the fields."""
+        return tuple(f for f in self.fields if isinstance(f, CrossField))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The raw columns that the fields read: all fields but crosses."""
+        return tuple(f.name for f in self.fields if not isinstance(f, CrossField))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every raw column that training reads, without repeats: fields, labels, group, time, weight."""
         special = (c for c in (self.group, self.time, self.weight) if c is not None)
-        return tuple(dict.fromkeys([*(f.name for f in self.fields), *self.labels, *special]))
+        return tuple(dict.fromkeys([*self.inputs, *self.labels, *special]))
 
     def with_fields(self, *changed: Field) -> Schema:
         """A schema in which each given field replaces the field of the same name."""
@@ -220,6 +287,42 @@ class Schema:
             self[f.name]
         by_name = {f.name: f for f in changed}
         return replace(self, fields=tuple(by_name.get(f.name, f) for f in self.fields))
+
+    def with_crosses(
+        self,
+        pairs: Iterable[tuple[str, str]] | Literal["all"] = "all",
+        *,
+        min_count: int = 1,
+        max_size: int | None = None,
+        hash_size: int | None = None,
+    ) -> Schema:
+        """A schema with a :class:`CrossField` more for every pair, named ``"first*second"`` in the order of the schema.
+
+        Args:
+            pairs: names of fields; ``"all"``: every two fields of categories, (1, 2), (1, 3), … in the order of the schema.
+            min_count, max_size, hash_size: of each cross.
+
+        Raises:
+            DataError: a name is unknown or not a field of categories, or a pair has a cross already.
+        """
+        if pairs == "all":
+            pairs = combinations([f.name for f in self.fields if is_category(f)], 2)
+        at = {f.name: i for i, f in enumerate(self.fields)}
+        added: list[CrossField] = []
+        for pair in pairs:
+            sides = {self[name].side for name in pair}
+            first, second = sorted(pair, key=at.__getitem__)
+            added.append(
+                CrossField(
+                    name=f"{first}*{second}",
+                    of=(first, second),
+                    side="context" if sides == {"context"} else "candidate",
+                    min_count=min_count,
+                    max_size=max_size,
+                    hash_size=hash_size,
+                )
+            )
+        return replace(self, fields=(*self.fields, *added))
 
     @classmethod
     def infer(
@@ -251,7 +354,8 @@ class Schema:
         out: list[dict[str, Any]] = []
         for f in self.fields:
             defaults = {d.name: d.default for d in fields(f)}
-            changed = {k: v for k, v in asdict(f).items() if k != "name" and v != defaults[k]}
+            options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(f).items()}
+            changed = {k: v for k, v in options.items() if k != "name" and v != defaults[k]}
             out.append({"name": f.name, "kind": kinds[type(f)], **changed})
         special = {"group": self.group, "time": self.time, "weight": self.weight}
         return {
@@ -293,6 +397,8 @@ class Schema:
                 )
             if "name" not in options:
                 raise DataError(f"schema: a {kind} field has no name")
+            if kind == "cross" and "of" not in options:
+                raise DataError(f'schema: field {options["name"]!r} (cross) has no "of"; expected the names of two fields')
             allowed = get_type_hints(_KINDS[kind])
             for option, value in options.items():
                 if option not in allowed:
@@ -302,6 +408,8 @@ class Schema:
                 if type(value) not in _types(allowed[option]):
                     wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _types(allowed[option]))
                     raise DataError(f"schema: field {options['name']!r}: {option} is {value!r}; expected {wanted}")
+            if isinstance(options.get("of"), list):
+                options["of"] = tuple(options["of"])
             parsed.append(_KINDS[kind](**options))
         return cls(
             fields=tuple(parsed),
@@ -344,12 +452,13 @@ class Schema:
 class SparseColumn:
     """One column of ``Batch.sparse``. Ids run from 0 (padding) and 1 (OOV) to ``vocab_size`` − 1.
 
-    ``table`` names the vocabulary: columns with the same one share embedding rows.
+    ``table`` names the vocabulary: columns with the same one share embedding rows. ``parts``: of a cross, its two fields.
     """
 
     name: str
     vocab_size: int
     table: str
+    parts: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

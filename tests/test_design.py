@@ -22,7 +22,7 @@ LAYERS = (
     {"batch", "_native"},
     {"table"},
     {"rowwise"},
-    {"metrics", "losses", "optim", "training", "cpu", "embedding", "interactions", "data"},
+    {"metrics", "losses", "optim", "training", "cpu", "embedding", "memory", "interactions", "data"},
     {"models"},
     {"artifact"},
     {"experiment"},
@@ -31,7 +31,7 @@ LAYERS = (
 )
 FORBIDDEN = {
     "interactions": {"batch", "data", "models", "training", "embedding", "losses", "metrics", "optim"},
-    "data": {"models", "interactions", "training", "embedding", "losses", "optim"},
+    "data": {"models", "interactions", "training", "embedding", "losses", "optim", "memory"},
     "embedding": {"data", "interactions", "training"},
     **{name: {"models", "interactions", "data", "embedding"} for name in ("losses", "metrics", "optim", "training")},
     "models": {"data", "training"},

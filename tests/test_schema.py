@@ -10,6 +10,7 @@ import pytest
 
 from ctrlib.schema import (
     BatchLayout,
+    CrossField,
     DataError,
     DenseColumn,
     DenseField,
@@ -85,7 +86,7 @@ def test_suggestions() -> None:
         ({"labels": ["y"], "feilds": []}, "unknown key 'feilds'; did you mean 'fields'"),
         (
             entry(name="x", kind="sparze"),
-            "field 'x' has kind 'sparze'; expected sparse, dense, sequence; did you mean 'sparse'",
+            "field 'x' has kind 'sparze'; expected sparse, dense, sequence, cross; did you mean 'sparse'",
         ),
         (entry(name="x"), "field 'x' has kind None"),
         (entry(name="x", kind=["sparse"]), r"field 'x' has kind \['sparse'\]"),
@@ -213,3 +214,81 @@ def test_layouts() -> None:
     assert layout.names == ("a", "b", "c")
     fields = FieldLayout(("a", "b", "c"), 8)
     assert (fields.num_fields, fields.width) == (3, 24)
+
+
+CROSSED = Schema(
+    fields=(
+        SparseField(name="user", side="context"),
+        SparseField(name="hour", side="context"),
+        DenseField(name="age", encoding="bucket"),
+        DenseField(name="price"),
+        SequenceField(name="tags"),
+    ),
+    labels=("y",),
+)
+
+
+def test_crosses(tmp_path: Path) -> None:
+    schema = CROSSED.with_crosses(min_count=4)
+    assert [(f.name, f.of, f.side, f.min_count) for f in schema.crosses] == [
+        ("user*hour", ("user", "hour"), "context", 4),
+        ("user*age", ("user", "age"), "candidate", 4),
+        ("hour*age", ("hour", "age"), "candidate", 4),
+    ]
+    assert schema.inputs == ("user", "hour", "age", "price", "tags")
+    assert schema.columns == ("user", "hour", "age", "price", "tags", "y")
+    one = CROSSED.with_crosses([("age", "user")], hash_size=9)
+    assert [f.name for f in one.fields] == ["user", "hour", "age", "price", "tags", "user*age"]
+    for each in (schema, one):
+        each.save(tmp_path / "schema.json")
+        assert Schema.load(tmp_path / "schema.json") == each
+        assert Schema.from_json(json.loads(json.dumps(each.to_json()))) == each
+    text = (tmp_path / "schema.json").read_text(encoding="utf-8")
+    assert '{"name": "user*age", "kind": "cross", "of": ["user", "age"], "hash_size": 9}' in text
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("user", "tags"), "'user\\*tags' crosses 'tags', which is not a field of categories"),
+        (("user", "price"), "'user\\*price' crosses 'price', which is not a field of categories"),
+        (("user", "user"), r"of is \['user', 'user'\]; expected the names of two different fields"),
+        (("user", "huor"), "no field 'huor'; did you mean 'hour'"),
+        (("user", "user*hour"), r"crosses 'user\*hour', which is not a field of categories"),
+        (("hour", "user"), r"names column 'user\*hour' twice"),
+    ],
+)
+def test_what_cannot_be_crossed(pair: tuple[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        CROSSED.with_crosses([("user", "hour")]).with_crosses([pair])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, 'field .x. .cross. has no "of"; expected the names of two fields'),
+        ({"of": "a"}, "of is 'a'; expected list"),
+        ({"of": ["a"]}, "expected the names of two different fields"),
+        ({"of": ["a", 1]}, "expected the names of two different fields"),
+        ({"of": ["a", "c"]}, "crosses 'c', which is not a field of categories"),
+        ({"of": ["a", "b"], "side": "context"}, "has side 'context', but crosses 'b' of side 'candidate'"),
+        ({"of": ["a", "b"], "min_count": 0}, "min_count is 0"),
+        ({"of": ["a", "b"], "hash_size": 5, "max_size": 2}, "hash_size learns no vocabulary"),
+        ({"of": ["a", "b"], "shares": "a"}, "has no option 'shares'"),
+    ],
+)
+def test_crosses_edited_by_hand(options: dict[str, Any], message: str) -> None:
+    fields = [{"name": "a", "kind": "sparse", "side": "context"}, {"name": "b", "kind": "sparse"}]
+    with pytest.raises(DataError, match=message):
+        Schema.from_json({"labels": ["y"], "fields": [*fields, {"name": "x", "kind": "cross", **options}]})
+
+
+def test_a_pair_is_crossed_once_and_its_vocabulary_not_shared() -> None:
+    schema = CROSSED.with_crosses([("user", "hour")])
+    again = CrossField(name="z", of=("hour", "user"))
+    with pytest.raises(DataError, match=r"'user\*hour' and 'z' cross the same two fields"):
+        Schema(fields=(*schema.fields, again), labels=("y",))
+    with pytest.raises(
+        DataError, match=r"shares the vocabulary of 'user\*hour', which is not another sparse or sequence field"
+    ):
+        Schema(fields=(*schema.fields, SparseField(name="n", shares="user*hour")), labels=("y",))

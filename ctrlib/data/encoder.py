@@ -9,13 +9,13 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from os import cpu_count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,14 @@ import pyarrow.parquet as pq
 import torch
 
 from ctrlib.batch import Batch, Ragged
+from ctrlib.data.crosses import cross_keys, fit_crosses
 from ctrlib.data.numeric import Floats, Moments, Numeric, Quantiles, as_floats, criteo_log, narrow_codes, signed_log, tally
 from ctrlib.data.source import BLOCK_ROWS, Source, open_source
 from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, begins_with, hash64, key_type
 from ctrlib.progress import Tracker, track
 from ctrlib.schema import (
     BatchLayout,
+    CrossField,
     DataError,
     DenseColumn,
     DenseField,
@@ -84,7 +86,8 @@ class Encoder:
 
     Attributes:
         schema: the fields.
-        vocabularies: by table name (the field's own, or that of the field it shares with).
+        vocabularies: by table name (the field's own, or that of the field it shares with); that of a cross holds its keys
+            (:func:`.cross_keys`).
         numeric: what each dense field learned, except ``criteo_log`` fields, which have a vocabulary.
     """
 
@@ -93,20 +96,24 @@ class Encoder:
     numeric: Mapping[str, Numeric]
 
     @classmethod
-    def fit(cls, schema: Schema, source: object) -> Encoder:
+    def fit(cls, schema: Schema, source: object, *, cross_memory_mb: float | None = None) -> Encoder:
         """Learn vocabularies and statistics from ``source``: the *training* rows and no others.
+
+        Crosses take a second pass, once the ids of the fields that they cross are known.
 
         Args:
             schema: the fields to encode.
             source: anything :func:`~ctrlib.data.source.open_source` accepts.
+            cross_memory_mb: what crosses may take in training, see :func:`.fit_crosses`; ``None``: half of the free memory.
 
         Raises:
-            DataError: a declared column is missing, has only missing values, or holds values of the wrong kind.
+            DataError: a declared column is missing, has only missing values, or holds values of the wrong kind; or crosses
+                would take too much memory.
         """
         table = open_source(source, "the training table")
         if not schema.fields:
             raise DataError(f"the schema of {table.name} has no field left to learn from; declare at least one feature")
-        table.require([f.name for f in schema.fields], ", which the schema declares as a field")
+        table.require(schema.inputs, ", which the schema declares as a field")
         if table.num_rows == 0:
             raise DataError(f"{table.name} has no training rows; expected at least one")
         sharing: dict[str, list[SparseField | SequenceField]] = {}
@@ -114,16 +121,32 @@ class Encoder:
         for f in schema.fields:
             if isinstance(f, DenseField):
                 jobs.append(lambda bar, f=f: (f.name, _fit_dense(f, table, bar)))  # type: ignore[misc]
-            else:
+            elif not isinstance(f, CrossField):
                 sharing.setdefault(f.shares or f.name, []).append(f)
         for name, members in sharing.items():
             jobs.append(lambda bar, name=name, members=members: (name, _fit_vocabulary(schema, name, members, table, bar)))  # type: ignore[misc]
-        with track("fit encoder", len(schema.fields) * table.num_rows, "cells") as bar:
+        with track("fit encoder", len(schema.inputs) * table.num_rows, "cells") as bar:
             learned = dict(parallel(lambda job: job(bar), jobs))
-        return cls(
-            schema,
+        crosses = schema.crosses
+        plain = cls(
+            replace(schema, fields=tuple(f for f in schema.fields if not isinstance(f, CrossField))),
             {n: v for n, v in learned.items() if isinstance(v, Vocabulary | HashBuckets)},
             {n: v for n, v in learned.items() if isinstance(v, Numeric)},
+        )
+        if not crosses:
+            return plain
+        parts = plain._parts({name for cross in crosses for name in cross.of})
+        blocks = (block.sparse for block in parts.encode(table, labels=False))
+        found = fit_crosses(crosses, parts.layout.sparse, blocks, table.num_rows, cross_memory_mb)
+        return cls(schema, {**plain.vocabularies, **found}, plain.numeric)
+
+    def _parts(self, names: Collection[str]) -> Encoder:
+        """An encoder of these fields of categories only, each with a vocabulary of its own."""
+        fields = [f for f in self.schema.fields if f.name in names]
+        return Encoder(
+            replace(self.schema, fields=tuple(replace(f, shares=None) if isinstance(f, SparseField) else f for f in fields)),
+            {f.name: v for f in fields if (v := self.vocabularies.get(vocabulary_name(f))) is not None},
+            self.numeric,
         )
 
     @cached_property
@@ -139,10 +162,11 @@ class Encoder:
                 learned = self.numeric[f.name]
                 dense.append(DenseColumn(f.name, learned.num_bins if f.encoding == "piecewise" else 0, learned.missing))
             elif isinstance(f, SequenceField):
-                size = self.vocabularies[_table(f)].size
-                sequences.append(SequenceColumn(f.name, size, _table(f), f.pooling, f.ordered))
+                size = self.vocabularies[vocabulary_name(f)].size
+                sequences.append(SequenceColumn(f.name, size, vocabulary_name(f), f.pooling, f.ordered))
             else:
-                sparse.append(SparseColumn(f.name, self.vocabularies[_table(f)].size, _table(f)))
+                of = f.of if isinstance(f, CrossField) else None
+                sparse.append(SparseColumn(f.name, self.vocabularies[vocabulary_name(f)].size, vocabulary_name(f), of))
         return BatchLayout(tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels)
 
     @cached_property
@@ -165,12 +189,13 @@ class Encoder:
             DataError: a column is missing or a value cannot be what its field says; names file, column and row.
         """
         table = open_source(source)
-        table.require([f.name for f in self.schema.fields], ", which the model reads")
+        table.require(self.schema.inputs, ", which the model reads")
         special = [c for c in (*self.schema.labels, self.schema.weight, self.schema.group) if c is not None] if labels else []
         table.require(special, ", which the schema names as label, weight or group")
         if table.num_rows == 0:
             return
-        columns = self._columns(table, special)
+        own = self._columns(table, special)
+        columns: list[_Column | _Cross] = [*own, *self._crosses()]
         sizes = (min(block_rows, table.num_rows - start) for start in range(0, table.num_rows, block_rows))
         threads = min(cpu_count() or 1, len(columns)) if table.num_rows > _FEW_ROWS else 1
         if threads == 1:
@@ -186,7 +211,12 @@ class Encoder:
             for rows in sizes:
                 block = _Block(columns, rows)
                 before = ahead[-1][1] if ahead else [None] * len(columns)
-                ahead.append((block, [pool.submit(_fill, *job, block) for job in zip(columns, before, strict=True)]))
+                jobs: list[Future[None]] = []
+                for column, last in zip(columns, before, strict=True):
+                    # a column goes on where it stopped; a cross reads what the columns write
+                    after = jobs[: len(own)] if isinstance(column, _Cross) else [last]
+                    jobs.append(pool.submit(_fill, column, after, block))
+                ahead.append((block, jobs))
                 if len(ahead) > _AHEAD:
                     yield _finished(*ahead.popleft(), self.layout)
             while ahead:
@@ -210,6 +240,8 @@ class Encoder:
 
         for at, name in enumerate(c.name for c in self.layout.sparse):
             f = self.schema[name]
+            if isinstance(f, CrossField):
+                continue
             text = isinstance(f, SparseField) and _as_text(f, self._keys(f))
             add("sparse", at, name, _Remembered(partial(self._ids, f)), text)
         for at, name in enumerate(c.name for c in self.layout.dense):
@@ -228,20 +260,29 @@ class Encoder:
                     add(part, at, special_name, _Remembered(encode))
         return columns
 
+    def _crosses(self) -> list[_Cross]:
+        at = {c.name: i for i, c in enumerate(self.layout.sparse)}
+        crosses = []
+        for f in self.schema.crosses:
+            first, second = (at[name] for name in f.of)
+            size = self.layout.sparse[second].vocab_size
+            crosses.append(_Cross(at[f.name], (first, second), size, self.vocabularies[f.name]))
+        return crosses
+
     def _ids(self, f: Field, array: Any, describe: Describe) -> Ids:
-        assert not isinstance(f, SequenceField)
+        assert isinstance(f, SparseField | DenseField)
         if isinstance(f, DenseField) and f.encoding == "bucket":
             return self.numeric[f.name].bucket_ids(as_floats(array, describe))
         if isinstance(f, DenseField):
             keys = _category_keys(as_floats(array, describe), describe)
         else:
             keys = as_keys(array, self._keys(f), describe)
-        return self.vocabularies[_table(f)].ids(keys)
+        return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, Ids]:
         values, lengths, describe = _flat(f, array, describe)
         keys = as_keys(values, self._keys(f), describe)
-        ids = self.vocabularies[_table(f)].ids(keys)
+        ids = self.vocabularies[vocabulary_name(f)].ids(keys)
         if f.max_length is not None:  # keep the last ones
             ends = np.repeat(np.cumsum(lengths), lengths)
             ids = ids[ends - np.arange(len(ids)) <= f.max_length]
@@ -249,20 +290,21 @@ class Encoder:
         return ids, lengths
 
     def _keys(self, f: SparseField | SequenceField) -> Any:
-        vocabulary = self.vocabularies[_table(f)]
+        vocabulary = self.vocabularies[vocabulary_name(f)]
         return vocabulary.values.type if isinstance(vocabulary, Vocabulary) else pa.large_string()
 
     def ids(self, field: str, values: Sequence[object]) -> Ids:
         """The ids of raw values of a sparse or sequence field (for pretrained vectors, reports)."""
         f = self.schema[field]
-        if isinstance(f, DenseField):
-            raise DataError(f"field {field!r} is dense; only sparse and sequence fields have ids")
+        if not isinstance(f, SparseField | SequenceField):
+            kind = "dense" if isinstance(f, DenseField) else "a cross"
+            raise DataError(f"field {field!r} is {kind}; only values of sparse and sequence fields have ids")
         try:
             array = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
         keys = as_keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
-        return self.vocabularies[_table(f)].ids(keys)
+        return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
         return {"schema": self.schema.to_json(), "numeric": {n: asdict(v) for n, v in sorted(self.numeric.items())}}
@@ -277,7 +319,9 @@ class Encoder:
             if isinstance(vocabulary, HashBuckets):
                 files[name] = {"buckets": vocabulary.buckets}
                 continue
-            files[name] = {"file": f"vocabularies/{i:04d}.parquet"}  # a field's name may not be a file name
+            dropped = {"dropped": vocabulary.dropped, "oov_dropped": vocabulary.oov_dropped}
+            file = {"file": f"vocabularies/{i:04d}.parquet"}  # a field's name may not be a file name
+            files[name] = file | {option: value for option, value in dropped.items() if value}
             tables.append((folder / f"vocabularies/{i:04d}.parquet", vocabulary))
         parallel(_write_vocabulary, tables)
         data = {"hash": self.hash, "numeric": self._json()["numeric"], "vocabularies": files}
@@ -300,7 +344,8 @@ class Encoder:
                 else:
                     table = pq.read_table(folder / entry["file"]).combine_chunks()
                     value, count = (table[c].combine_chunks() for c in ("value", "count"))
-                    vocabularies[name] = Vocabulary(value, count.to_numpy())
+                    dropped = int(entry.get("dropped", 0)), bool(entry.get("oov_dropped", False))
+                    vocabularies[name] = Vocabulary(value, count.to_numpy(), *dropped)
             numeric = {n: Numeric(**{**v, "edges": tuple(v["edges"])}) for n, v in data["numeric"].items()}
             expected = data["hash"]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
@@ -316,8 +361,9 @@ def _write_vocabulary(job: tuple[Path, Vocabulary]) -> None:
     pq.write_table(pa.table({"value": vocabulary.values, "count": vocabulary.counts}), path, compression="zstd")
 
 
-def _table(f: Field) -> str:
-    return (None if isinstance(f, DenseField) else f.shares) or f.name
+def vocabulary_name(f: Field) -> str:
+    """Under which name the vocabulary of a field is found: its own, or that of the field it shares with."""
+    return (f.shares if isinstance(f, SparseField | SequenceField) else None) or f.name
 
 
 def _describe(column: str, table: Source, start: int) -> Describe:
@@ -411,16 +457,33 @@ class _Column:
             block.sequences[self.name] = values, lengths
 
 
-def _fill(column: _Column, before: Future[None] | None, block: _Block) -> None:
-    if before is not None:  # the same column's part of the block before
-        before.result()
+@dataclass(frozen=True)
+class _Cross:
+    """A cross on its way into blocks, after the columns that it crosses: places among the sparse columns, and its ids."""
+
+    at: int
+    of: tuple[int, int]
+    second_size: int
+    vocabulary: Vocabulary | HashBuckets
+
+    part: ClassVar[str] = "sparse"
+
+    def fill(self, block: _Block) -> None:
+        ids = block.parts["sparse"]
+        ids[self.at] = self.vocabulary.key_ids(cross_keys(ids[self.of[0]], ids[self.of[1]], self.second_size))
+
+
+def _fill(column: _Column | _Cross, after: Sequence[Future[None] | None], block: _Block) -> None:
+    for job in after:  # all of them submitted before this one, so never behind it in the queue
+        if job is not None:
+            job.result()
     column.fill(block)
 
 
 class _Block:
     """Rows on their way to an :class:`Encoded`: column by column, since every column is encoded by itself."""
 
-    def __init__(self, columns: Sequence[_Column], rows: int) -> None:
+    def __init__(self, columns: Sequence[_Column | _Cross], rows: int) -> None:
         self.rows = rows
         self.sequences: dict[str, tuple[Ids, Ids]] = {}
         self.parts: dict[str, npt.NDArray[Any]] = {}
@@ -476,7 +539,7 @@ def _fit_vocabulary(
     schema: Schema, name: str, members: list[SparseField | SequenceField], table: Source, bar: Tracker
 ) -> Vocabulary | HashBuckets:
     owner = schema[name]
-    assert not isinstance(owner, DenseField)
+    assert isinstance(owner, SparseField | SequenceField)
     if owner.hash_size is not None:
         return HashBuckets(owner.hash_size)
     kinds = {str(key_type(table.types[f.name])): key_type(table.types[f.name]) for f in members}

@@ -14,7 +14,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ctrlib.batch import Batch, Ragged
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import BLOCK_ROWS, open_source
 from ctrlib.data.store import Split
 from ctrlib.schema import DataError
@@ -38,8 +38,6 @@ _SWEEP_ROWS = 1 << 16  # rows a piece of a sweep; between two of them it can be 
 _SMALLEST_BLOCK = 1 << 13  # rows; smaller blocks would not be worth encoding in several threads
 _SAMPLE_ROWS = 1 << 13  # rows from which the length of sequences is estimated
 _POLL_SECONDS = 0.2
-_MEMINFO = Path("/proc/meminfo")
-_UNKNOWN_MEMORY_MB = 4096.0  # the budget where the system does not say what is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class _Epochs(ABC):
         self._seed = seed
         self._workers = workers
         self._pin_memory = pin_memory
-        budget = (_half_of_free_mb() if memory_mb is None else memory_mb) * 2**20
+        budget = (half_of_free_mb() if memory_mb is None else memory_mb) * 2**20
         self._fits = num_rows * row_bytes <= budget
         self._window_rows = int(budget / 2 / row_bytes)  # one window is used while the next one is read
         full, rest = divmod(num_rows, batch_size)
@@ -302,14 +300,6 @@ class StreamLoader(_Epochs):
         # rows near each other may have sequences of like length, so look at some from everywhere
         rows = np.arange(0, self._source.num_rows, max(self._source.num_rows // _SAMPLE_ROWS, 1))
         return _row_bytes(_join(self._selected(rows), len(rows), Event()))
-
-
-def _half_of_free_mb() -> float:
-    if _MEMINFO.is_file():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) / 1024 / 2
-    return _UNKNOWN_MEMORY_MB
 
 
 def _row_bytes(rows: Split) -> float:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ctrlib.data.encoder import Encoded, Encoder
-from ctrlib.data.source import Source
+from ctrlib.data.source import BLOCK_ROWS, Source
 from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.progress import track
-from ctrlib.schema import DataError, Schema
+from ctrlib.schema import DataError, DenseColumn, Schema, SparseColumn
 
 _FORMAT = 1
 
@@ -101,6 +101,46 @@ class Store:
             write_json(part / "manifest.json", manifest)
         return cls(Path(path), encoder, manifest)
 
+    def derive(self, path: str | Path, encoder: Encoder, ids: Mapping[str, npt.NDArray[np.int32]]) -> Store:
+        """A new store of the same rows as another encoder would encode them, made from the ids in this one.
+
+        Args:
+            path: folder of the new store.
+            encoder: its fields are fields of this store; those that are not left out.
+            ids: by field, the new id of every old one; ids of other fields stay.
+
+        Raises:
+            DataError: the folder exists or cannot be written.
+        """
+        layout = encoder.layout
+        sparse = _places(self.encoder.layout.sparse, layout.sparse)
+        dense = _places(self.encoder.layout.dense, layout.dense)
+        with new_folder(path) as part:
+            encoder.save(part)
+            splits: dict[str, Any] = {}
+            for name, rows in self.rows.items():
+                split = self.split(name)
+                with (
+                    closing(_SplitWriter(part / name, [c.name for c in layout.sequences])) as writer,
+                    track(f"derive {name}", rows) as bar,
+                ):
+                    for start in range(0, rows, BLOCK_ROWS):
+                        stop = min(start + BLOCK_ROWS, rows)
+                        block = _encoded(split, start, stop, sparse, dense)
+                        for at, column in enumerate(layout.sparse):
+                            if column.name in ids:
+                                block.sparse[:, at] = ids[column.name][block.sparse[:, at]]
+                        sequences = {
+                            field: (ids[field][values] if field in ids else values, lengths)
+                            for field, (values, lengths) in block.sequences.items()
+                        }
+                        writer.append(replace(block, sequences=sequences))
+                        bar.advance(stop - start)
+                splits[name] = {**self._manifest["splits"][name], "files": writer.entries()}
+            manifest = {**self._manifest, "encoder_hash": encoder.hash, "splits": splits}
+            write_json(part / "manifest.json", manifest)
+        return Store(Path(path), encoder, manifest)
+
     @classmethod
     def open(cls, path: str | Path, *, schema: Schema | None = None, verify: bool = True) -> Store:
         """Map an existing store.
@@ -171,6 +211,31 @@ class Store:
             weight=mapped("weight.bin") if "weight.bin" in files else None,
             group=mapped("group.bin") if "group.bin" in files else None,
         )
+
+
+def _places(old: Sequence[SparseColumn | DenseColumn], new: Sequence[SparseColumn | DenseColumn]) -> list[int]:
+    at = {column.name: i for i, column in enumerate(old)}
+    return [at[column.name] for column in new]
+
+
+def _encoded(split: Split, start: int, stop: int, sparse: list[int], dense: list[int]) -> Encoded:
+    """Rows of a split as they were encoded, with some of the columns, in memory of their own."""
+
+    def taken(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor[start:stop].numpy()
+
+    sequences = {}
+    for name, (values, offsets) in split.sequences.items():
+        bounds = offsets[start : stop + 1].numpy()
+        sequences[name] = values[bounds[0] : bounds[-1]].numpy(), np.diff(bounds).astype(np.int32)
+    return Encoded(
+        taken(split.sparse)[:, sparse],
+        taken(split.dense)[:, dense],
+        sequences,
+        labels=taken(split.labels),
+        weight=taken(split.weight),
+        group=taken(split.group),
+    )
 
 
 def _by_table(sources: Mapping[str, Source]) -> list[dict[str, Source]]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ctrlib import _native
 from ctrlib.data.numeric import Counts, narrow_codes
-from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, DataError
+from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, PADDING_ID, DataError
 
 Ids = npt.NDArray[np.int32]
 Hashes = npt.NDArray[np.uint64]
@@ -309,10 +309,22 @@ def begins_with(values: Any, start: Any) -> bool:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Values in id order (``values[i]`` has id ``i + 2``; at most one is null) and their counts in the training rows."""
+    """Values in id order (``values[i]`` has id ``i + 2``; at most one is null) and their counts in the training rows.
+
+    A selection may have dropped values (:meth:`keep`). They are known, and so not OOV: their id is that of padding, a zero
+    vector.
+
+    Attributes:
+        values: those that have an id, then the dropped ones.
+        counts: of each.
+        dropped: how many of the last values have no id.
+        oov_dropped: values that are not known get the id of padding too.
+    """
 
     values: Any
     counts: npt.NDArray[np.int64]
+    dropped: int = 0
+    oov_dropped: bool = False
 
     @classmethod
     def fit(cls, counter: ValueCounter, min_count: int, max_size: int | None) -> Vocabulary:
@@ -323,6 +335,11 @@ class Vocabulary:
         if counter.nulls >= min_count:
             values = pa.concat_arrays([values, pa.nulls(1, values.type)])
             counts = np.append(counts, counter.nulls)
+        return cls.ordered(values, counts, max_size)
+
+    @classmethod
+    def ordered(cls, values: Any, counts: Counts, max_size: int | None = None) -> Vocabulary:
+        """The most frequent of these distinct values first, ties by value; at most ``max_size``."""
         table = pa.table({"value": values, "count": counts})
         order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("value", "ascending")])
         order = order.slice(0, max_size) if max_size is not None else order
@@ -331,12 +348,12 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Ids, padding and OOV included."""
-        return len(self.values) + FIRST_VALUE_ID
+        return len(self.values) - self.dropped + FIRST_VALUE_ID
 
     @cached_property
     def missing_id(self) -> int:
         """The id of a missing value: its own if the training rows had enough of them, else OOV."""
-        return self._null + FIRST_VALUE_ID if self._null >= 0 else OOV_ID
+        return int(self._ids(np.array([self._null], np.int32))[0])
 
     @cached_property
     def _null(self) -> int:
@@ -348,13 +365,48 @@ class Vocabulary:
 
     def ids(self, keys: Any) -> Ids:
         """Ids of a dictionary-encoded block of keys (:func:`as_keys`); values outside the vocabulary get OOV."""
-        at = self._index.find(keys.dictionary)
-        return _spread(keys, at + np.int32(FIRST_VALUE_ID), self.missing_id)  # nowhere, -1, becomes OOV
+        return _spread(keys, self._ids(self._index.find(keys.dictionary)), self.missing_id)
+
+    def key_ids(self, keys: npt.NDArray[np.int64]) -> Ids:
+        """As :meth:`ids`, of integers as they are, where nearly every one may be different."""
+        return self._ids(self._index.find(pa.array(keys)))
+
+    def _ids(self, at: Ids) -> Ids:
+        """From places among the values."""
+        ids = at + np.int32(FIRST_VALUE_ID)  # nowhere, -1, becomes OOV
+        if self.dropped:
+            ids[ids >= self.size] = PADDING_ID
+        if self.oov_dropped:
+            ids[ids == OOV_ID] = PADDING_ID
+        return ids
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> tuple[Vocabulary, Ids]:
+        """The vocabulary without the values, perhaps without the OOV, whose id is not kept.
+
+        Args:
+            kept: [size] by id; padding is always kept.
+
+        Returns:
+            The vocabulary, and [size] the new id of every old one, 0 where it was dropped. The order of the others stays.
+        """
+        places = np.flatnonzero(kept[FIRST_VALUE_ID:])
+        oov_dropped = self.oov_dropped or not kept[OOV_ID]
+        gone = np.flatnonzero(~kept[FIRST_VALUE_ID:])
+        gone = np.append(gone, np.arange(len(kept) - FIRST_VALUE_ID, len(self.values)))
+        if oov_dropped:  # then what is dropped need not be told from what was never seen
+            gone = gone[:0]
+        order = np.append(places, gone)
+        new_ids = np.zeros(len(kept), np.int32)
+        new_ids[OOV_ID] = OOV_ID if kept[OOV_ID] else PADDING_ID
+        new_ids[places + FIRST_VALUE_ID] = np.arange(len(places), dtype=np.int32) + FIRST_VALUE_ID
+        return Vocabulary(self.values.take(pa.array(order)), self.counts[order], len(gone), oov_dropped), new_ids
 
     def fingerprint(self) -> bytes:
         """Bytes that change with any value, order or count."""
         nulls = pc.is_null(self.values).to_numpy(zero_copy_only=False)
         parts: list[bytes] = [hash64(self.values.drop_null()).tobytes(), nulls.tobytes(), self.counts.tobytes()]
+        if self.dropped or self.oov_dropped:
+            parts.append(f"dropped {self.dropped} {self.oov_dropped}".encode())
         return b"".join(parts)
 
 
@@ -371,8 +423,14 @@ class HashBuckets:
 
     def ids(self, keys: Any) -> Ids:
         """Ids of a dictionary-encoded block of keys."""
-        hashed = (hash64(keys.dictionary) % np.uint64(self.buckets)).astype(np.int32) + FIRST_VALUE_ID
-        return _spread(keys, hashed, OOV_ID)
+        return _spread(keys, self._buckets(keys.dictionary), OOV_ID)
+
+    def key_ids(self, keys: npt.NDArray[np.int64]) -> Ids:
+        """As :meth:`ids`, of integers as they are; those below 0 are OOV."""
+        return np.where(keys < 0, np.int32(OOV_ID), self._buckets(pa.array(keys)))
+
+    def _buckets(self, values: Any) -> Ids:
+        return (hash64(values) % np.uint64(self.buckets)).astype(np.int32) + np.int32(FIRST_VALUE_ID)
 
     def fingerprint(self) -> bytes:
         """Bytes that change with the number of buckets."""

@@ -1,19 +1,39 @@
-"""What every selection method returns: fields by score, the values to keep, or what becomes of each pair of fields."""
+"""What every selection method returns: fields by score, the values to keep, or what becomes of each pair of fields.
+
+A :class:`Selection` is data. It is applied in one call (:meth:`Selection.apply`, :func:`apply_to_store`), which gives a derived
+encoder or store, for re-training by :func:`ctrlib.experiment.train`.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrlib.config import check_choice
+from ctrlib.config import Table, check_choice, from_json, to_json
+from ctrlib.data.encoder import Encoder, vocabulary_name
+from ctrlib.data.store import Store
+from ctrlib.data.vocabulary import HashBuckets, Ids, Vocabulary
+from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.presets import COMPONENTS
+from ctrlib.schema import OOV_ID, CrossField, DataError, Field, Schema, SequenceField, SparseField, suggest
 
 Choice = Literal["memorize", "factorize", "naive"]
+Mask = npt.NDArray[np.bool_]
+
+_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +44,8 @@ class Selection:
         method: its name, as in ``ctrlib select --method``.
         encoder_hash: of the encoder (schema and vocabularies) that it was made with; it is refused for any other.
         fields: kept, in the order of the schema; ``None``: all.
-        values: by vocabulary (table name), which ids are kept: [vocab_size] booleans, padding never; ``None``: all.
+        values: by vocabulary (table name), which ids are kept: [vocab_size] booleans, padding never; ``None``, and for the
+            vocabularies that are not in it: all.
         pairs: by ``"user*item"``, what to do with the pair; ``None``: the method does not choose pairs.
         scores: of fields or of pairs, larger is better; empty where a method has none.
         model: the model to re-train; ``None``: any.
@@ -35,7 +56,7 @@ class Selection:
     method: str
     encoder_hash: str
     fields: tuple[str, ...] | None = None
-    values: Mapping[str, npt.NDArray[np.bool_]] | None = None
+    values: Mapping[str, Mask] | None = None
     pairs: Mapping[str, Choice] | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     model: ModelComponent.Config | None = None
@@ -45,3 +66,248 @@ class Selection:
     def __post_init__(self) -> None:
         for pair, choice in (self.pairs or {}).items():
             check_choice(f"pairs[{pair!r}]", choice, get_args(Choice))
+
+    def apply(self, encoder: Encoder) -> Encoder:
+        """The encoder of what is kept, for the same raw tables.
+
+        Fields that are not kept, and crosses whose pair is not to be memorised, are no longer read. Where the owner of a shared
+        vocabulary goes, the first of those that share it takes its place, and gives the vocabulary its name. A value that is
+        not kept gets the id of padding, a zero vector as of a closed gate; a value never seen is OOV, unless that is not kept.
+
+        Raises:
+            DataError: another encoder than the search had, an unknown field, vocabulary or pair, nothing left, a field dropped
+                that a kept cross reads, or values dropped of data with crosses, whose keys are made of ids.
+        """
+        return derive(self, encoder).encoder
+
+    def save(self, path: str | Path) -> None:
+        """Write a new folder: ``selection.json``, and where there are any ``values.parquet`` and ``weights.safetensors``.
+
+        Raises:
+            DataError: the folder exists already or cannot be written.
+        """
+        with new_folder(path) as part:
+            files: list[str] = []
+            if self.values is not None:
+                kept = pa.array([mask.tolist() for mask in self.values.values()], pa.list_(pa.bool_()))
+                table = pa.table({"vocabulary": pa.array(list(self.values), pa.string()), "kept": kept})
+                files.append("values.parquet")
+                pq.write_table(table, part / files[-1], compression="zstd")
+            if self.weights is not None:
+                files.append("weights.safetensors")
+                save_file({n: w.detach().cpu().contiguous() for n, w in self.weights.items()}, part / files[-1])
+            data = {
+                "format": _FORMAT,
+                "method": self.method,
+                "encoder_hash": self.encoder_hash,
+                "fields": self.fields,
+                "pairs": self.pairs,
+                "scores": self.scores,
+                "model": None if self.model is None else to_json(self.model),
+                "report": self.report,
+                "files": {name: sha256(part / name) for name in files},
+            }
+            write_json(part / "selection.json", data)
+
+    @classmethod
+    def load(cls, path: str | Path, table: Table = COMPONENTS) -> Selection:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the folder.
+            table: component classes by name, see :func:`ctrlib.artifact.load`.
+
+        Raises:
+            DataError: not a selection, another format, or a file missing or damaged.
+            ConfigError: the model uses a component or option that this version does not know.
+        """
+        folder = Path(path)
+        if not (folder / "selection.json").is_file():
+            raise DataError(f"{folder} is not a selection (no selection.json); expected a folder written by Selection.save")
+        try:
+            data = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT:
+                raise DataError(f"selection {folder} has format {data['format']}; this version reads {_FORMAT}: search again")
+            for name, digest in data["files"].items():
+                if not (folder / name).is_file() or sha256(folder / name) != digest:
+                    raise DataError(f"selection file {folder / name} is missing or damaged; copy the selection again")
+            values = weights = None
+            if "values.parquet" in data["files"]:
+                read = pq.read_table(folder / "values.parquet").to_pydict()
+                values = {name: np.array(kept, bool) for name, kept in zip(read["vocabulary"], read["kept"], strict=True)}
+            if "weights.safetensors" in data["files"]:
+                weights = load_file(folder / "weights.safetensors")
+            model = data["model"]
+            return cls(
+                method=data["method"],
+                encoder_hash=data["encoder_hash"],
+                fields=None if data["fields"] is None else tuple(data["fields"]),
+                values=values,
+                pairs=data["pairs"],
+                scores={name: math.nan if score is None else score for name, score in data["scores"].items()},
+                model=None if model is None else from_json(model, ModelComponent.Config, table, "model"),
+                weights=weights,
+                report=data["report"],
+            )
+        except DataError:
+            raise
+        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, pa.ArrowInvalid, SafetensorError) as error:
+            raise DataError(f"selection {folder} is damaged ({error!r}); copy it again, or search again") from error
+
+
+def apply_to_store(selection: Selection, store: Store, path: str | Path) -> Store:
+    """A new store of the rows of ``store``, as :meth:`Selection.apply` encodes them, without reading raw rows.
+
+    Raises:
+        DataError: as :meth:`Selection.apply`; or the folder exists already or cannot be written.
+    """
+    derived = derive(selection, store.encoder)
+    return store.derive(path, derived.encoder, derived.ids)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What becomes of an encoder.
+
+    Attributes:
+        encoder: the new one.
+        ids: by field of the new encoder, the new id of every old one; fields that are not in it keep theirs.
+        owners: by vocabulary of the new encoder, that of the old one from which it is.
+    """
+
+    encoder: Encoder
+    ids: Mapping[str, Ids]
+    owners: Mapping[str, str]
+
+
+def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> Derived:
+    """As :meth:`Selection.apply`.
+
+    Args:
+        close: leave dropped fields where they are, with an empty vocabulary each: all their ids are that of padding.
+    """
+    dropped = _dropped(selection, encoder)
+    schema = encoder.schema
+    kept = [f for f in schema.fields if f.name not in dropped]
+    _check_values(selection, encoder, kept)
+    heirs: dict[str, str] = {}  # of every vocabulary of a kept field, the field that owns it from now on
+    for f in kept:
+        heirs.setdefault(vocabulary_name(f), vocabulary_name(f) if vocabulary_name(f) not in dropped else f.name)
+    fields: list[Field] = []
+    vocabularies: dict[str, Vocabulary | HashBuckets] = {}
+    ids: dict[str, Ids] = {}
+    owners: dict[str, str] = {}
+    for f in schema.fields:
+        table = vocabulary_name(f)
+        old = encoder.vocabularies.get(table)
+        if f.name not in dropped:
+            fields.append(_inherited(f, schema, heirs[table]))
+            if old is not None:
+                mask = (selection.values or {}).get(table)
+                new, new_ids = (old, None) if mask is None or isinstance(old, HashBuckets) else old.keep(mask)
+                vocabularies[heirs[table]], owners[heirs[table]] = new, table
+                if new_ids is not None:
+                    ids[f.name] = new_ids
+        elif close:
+            fields.append(_alone(f))
+            if old is not None:
+                vocabularies[f.name], owners[f.name] = _empty(old, f), table
+                ids[f.name] = np.zeros(old.size, np.int32)
+    names = {f.name for f in fields}
+    numeric = {name: learned for name, learned in encoder.numeric.items() if name in names}
+    gone = [name for name in schema.inputs if name not in names]
+    ignored = {**schema.ignored, **dict.fromkeys(gone, f"dropped by {selection.method}")}
+    return Derived(Encoder(replace(schema, fields=tuple(fields), ignored=ignored), vocabularies, numeric), ids, owners)
+
+
+def _inherited(f: Field, schema: Schema, owner: str) -> Field:
+    """The field, if the owner of its vocabulary is another one than before."""
+    if not isinstance(f, SparseField | SequenceField) or owner == vocabulary_name(f):
+        return f
+    if owner != f.name:
+        return replace(f, shares=owner)
+    before = schema[vocabulary_name(f)]
+    assert isinstance(before, SparseField | SequenceField)
+    return replace(f, shares=None, min_count=before.min_count, max_size=before.max_size, hash_size=before.hash_size)
+
+
+def _alone(f: Field) -> Field:
+    """The field with a learned vocabulary of its own."""
+    if isinstance(f, SparseField | SequenceField):
+        return replace(f, shares=None, hash_size=None)
+    return replace(f, hash_size=None) if isinstance(f, CrossField) else f
+
+
+def _empty(old: Vocabulary | HashBuckets, f: Field) -> Vocabulary:
+    """A vocabulary that gives every value the id of padding."""
+    kind = old.values.type if isinstance(old, Vocabulary) else pa.int64() if isinstance(f, CrossField) else pa.large_string()
+    return Vocabulary(pa.array([], kind), np.zeros(0, np.int64), 0, True)
+
+
+def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
+    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+    if selection.encoder_hash != encoder.hash:
+        raise DataError(
+            f"the selection of {selection.method} was made with another encoder: its hash is {selection.encoder_hash[:12]}…, "
+            f"that of this one {encoder.hash[:12]}…; apply it to the store that was searched, or search again"
+        )
+    schema = encoder.schema
+    names = [f.name for f in schema.fields]
+    dropped: set[str] = set()
+    if selection.fields is not None:
+        for name in selection.fields:
+            if name not in names:
+                raise DataError(f"the selection keeps field {name!r}, which the data lacks{suggest(name, names)}")
+        dropped |= set(names) - set(selection.fields)
+    crosses = {frozenset(f.of): f.name for f in schema.crosses}
+    for pair, choice in (selection.pairs or {}).items():
+        cross = crosses.get(_two_fields(pair, names))
+        if cross is not None and choice != "memorize":
+            dropped.add(cross)
+        elif cross is None and choice == "memorize":
+            raise DataError(
+                f"the selection memorises the pair {pair!r}, but the data has no cross of it; add one (Schema.with_crosses)"
+            )
+    for f in schema.crosses:
+        gone = [name for name in f.of if name in dropped]
+        if gone and f.name not in dropped:
+            raise DataError(
+                f"the selection keeps the cross {f.name!r} but not field {gone[0]!r}, from whose ids it is made; keep both or "
+                "neither"
+            )
+    if len(dropped) == len(names):
+        raise DataError(f"the selection of {selection.method} keeps no field; select more of them")
+    return dropped
+
+
+def _two_fields(pair: str, names: list[str]) -> frozenset[str]:
+    """The two fields of ``"user*item"``; names may themselves hold a ``*``."""
+    for at in (i for i, letter in enumerate(pair) if letter == "*"):
+        if pair[:at] in names and pair[at + 1 :] in names:
+            return frozenset((pair[:at], pair[at + 1 :]))
+    near = [f"{a}*{b}" for a in names for b in names if a != b]
+    raise DataError(f"the selection has a pair {pair!r}, which is no pair of fields of the data{suggest(pair, near)}")
+
+
+def _check_values(selection: Selection, encoder: Encoder, kept: list[Field]) -> None:
+    if selection.values is None:
+        return
+    crosses = [f.name for f in kept if isinstance(f, CrossField)]
+    if crosses:
+        raise DataError(
+            f"the selection drops values, but the data has crosses ({', '.join(crosses[:3])}), whose keys are made of the ids "
+            "that would change; select values of data without crosses, and add crosses to what is kept"
+        )
+    for name, mask in selection.values.items():
+        vocabulary = encoder.vocabularies.get(name)
+        if not isinstance(vocabulary, Vocabulary):
+            learned = [n for n, v in encoder.vocabularies.items() if isinstance(v, Vocabulary)]
+            why = "is hashed, so it has no values to drop" if vocabulary is not None else "is no vocabulary of the data"
+            raise DataError(f"the selection has values of {name!r}, which {why}{suggest(name, learned)}")
+        if mask.dtype != np.bool_ or mask.shape != (vocabulary.size,):
+            raise DataError(
+                f"the selection has {mask.dtype} values of shape {mask.shape} for vocabulary {name!r}; expected "
+                f"{vocabulary.size} booleans, one for each id"
+            )
+    if not any(mask[OOV_ID:].any() for mask in selection.values.values()):
+        raise DataError(f"the selection of {selection.method} keeps no value; lower its penalty (of optfs, lambda)")

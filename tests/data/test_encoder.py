@@ -17,6 +17,7 @@ import pytest
 
 from ctrlib.data.encoder import Encoded, Encoder
 from ctrlib.data.source import open_source
+from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.schema import DataError, DenseField, Field, Schema, SequenceField, SparseField
 
 DATA = Path(os.environ.get("CTRLIB_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -497,3 +498,34 @@ def test_a_number_beyond_32_bits_is_named() -> None:
     encoder = Encoder.fit(Schema(fields=(DenseField(name="x"),), labels=("y",)), {"x": [1.0, 2.0, 3.0], "y": [0, 1, 0]})
     with pytest.raises(DataError, match=r"column 'x', the table, row 2: 1e\+39 is beyond what 32-bit floats hold"):
         encoder.transform({"x": [1.0, 1e39]})
+
+
+def test_dropped_values_are_saved_and_older_files_without_them_read(tmp_path: Path) -> None:
+    data = rows()
+    full = Encoder.fit(SCHEMA, data)
+    vocabularies = dict(full.vocabularies)
+    for name, oov in (("user", True), ("item", False)):
+        old = vocabularies[name]
+        assert isinstance(old, Vocabulary)
+        kept = np.arange(old.size) % 3 != 0
+        kept[1] = oov
+        vocabularies[name], _ = old.keep(kept)
+    derived = Encoder(full.schema, vocabularies, full.numeric)
+    assert derived.hash != full.hash
+    for name, encoder in (("full", full), ("derived", derived)):
+        (tmp_path / name).mkdir()
+        encoder.save(tmp_path / name)
+        again = Encoder.load(tmp_path / name)
+        assert again.hash == encoder.hash
+        assert again.layout == encoder.layout
+        same(stack(list(again.encode(data))), stack(list(encoder.encode(data))))
+    # what is not dropped leaves no trace in the files: stores and artifacts made before stay as they are
+    assert "dropped" not in (tmp_path / "full" / "encoder.json").read_text()
+    entries = json.loads((tmp_path / "derived" / "encoder.json").read_text())["vocabularies"]
+    assert {name: {k: v for k, v in e.items() if "dropped" in k} for name, e in entries.items() if len(e) > 1} == {
+        "user": {"dropped": full.layout.sparse[0].vocab_size - derived.layout.sparse[0].vocab_size},
+        "item": {"oov_dropped": True},
+    }
+    batch = derived.transform(data)
+    assert (batch.sparse[:, 0] == 0).any()
+    assert (batch.sequences["seen"].values == 0).any()

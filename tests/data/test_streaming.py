@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ctrlib import cli, experiment
 from ctrlib.batch import Batch
-from ctrlib.data import loader
+from ctrlib.data import loader, memory
 from ctrlib.data.encoder import Encoded, Encoder
 from ctrlib.data.loader import Loader, StreamLoader
 from ctrlib.data.source import Source, open_source
@@ -404,12 +404,12 @@ def test_long_sequences_count_in_the_budget(folder: Path, encoder: Encoder) -> N
 
 
 def test_the_budget_is_half_of_what_is_free(split: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert 10 < loader._half_of_free_mb() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21
+    assert 10 < memory.half_of_free_mb() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21
     info = tmp_path / "meminfo"
-    monkeypatch.setattr(loader, "_MEMINFO", info)
-    assert loader._half_of_free_mb() == 4096
+    monkeypatch.setattr(memory, "_MEMINFO", info)
+    assert memory.half_of_free_mb() == 4096
     info.write_text("MemTotal:       16384 kB\nMemAvailable:      20 kB\n")
-    assert loader._half_of_free_mb() == 10 / 1024
+    assert memory.half_of_free_mb() == 10 / 1024
     sweeps: list[int] = []
     join = loader._join
 

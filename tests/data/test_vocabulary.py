@@ -375,3 +375,51 @@ def test_a_fingerprint_changes_with_any_value_order_or_count() -> None:
         for values in (base, ["a", "a", "b", "d", None], [*base, "a"], [*base, None], ["a", "a", "b", "c", "d"], base[:4])
     ]
     assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize("values", [INTS, TEXTS], ids=["ints", "texts"])
+@pytest.mark.parametrize("oov_kept", [True, False])
+@pytest.mark.parametrize("null_kept", [True, False])
+def test_dropped_values_are_padding_and_unseen_ones_oov(values: list[Any], oov_kept: bool, null_kept: bool) -> None:
+    full = fit(pa.array(values), 5)
+    old = by_hand(values, 5)
+    kept = np.random.default_rng(0).random(full.size) < 0.6
+    kept[:2] = True, oov_kept
+    kept[old[None]] = null_kept
+    vocabulary, new_ids = full.keep(kept)
+    assert vocabulary.size == kept[2:].sum() + 2 < full.size
+    assert new_ids[kept].tolist() == [0, *[1] * oov_kept, *range(2, vocabulary.size)]
+    assert not new_ids[~kept].any()
+    unseen = pa.array([12345, 2**60] if values is INTS else ["never", "seen"])
+    assert ids(vocabulary, unseen) == [int(oov_kept)] * 2
+    assert ids(vocabulary, pa.array(values)) == new_ids[ids(full, pa.array(values))].tolist()
+    assert vocabulary.missing_id == (new_ids[old[None]] if null_kept else 0)
+    if values is INTS:
+        raw = np.array([v for v in values if v is not None])
+        assert vocabulary.key_ids(raw).tolist() == ids(vocabulary, pa.array(raw))
+    # once more, of what is left
+    fewer = np.arange(vocabulary.size) != 3
+    again, newer_ids = vocabulary.keep(fewer)
+    assert again.size == vocabulary.size - 1
+    assert ids(again, pa.array(values)) == newer_ids[ids(vocabulary, pa.array(values))].tolist()
+    assert ids(again, unseen) == ids(vocabulary, unseen)
+    assert len({v.fingerprint() for v in (full, vocabulary, again)}) == 3
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    full = fit(pa.array(INTS))
+    same, new_ids = full.keep(np.ones(full.size, bool))
+    assert same.fingerprint() == full.fingerprint()
+    assert new_ids.tolist() == [*range(full.size)]
+    without_oov, _ = full.keep(np.arange(full.size) != 1)
+    assert without_oov.fingerprint() != full.fingerprint()
+
+
+def test_a_vocabulary_may_keep_nothing() -> None:
+    full = fit(pa.array(TEXTS))
+    nothing, _ = full.keep(np.zeros(full.size, bool))
+    assert nothing.size == 2
+    assert set(ids(nothing, pa.array(["a", "new", None]))) == {0}
+    oov, _ = full.keep(np.arange(full.size) == 1)
+    assert oov.size == 2
+    assert ids(oov, pa.array(["a", "new", None])) == [0, 1, 0]

@@ -1,0 +1,147 @@
+"""Crosses: the values of two fields read as one. Their keys, and their vocabularies within bounded memory.
+
+The ids of the crossed fields are written to a temporary file once, a column after the other. Then one pair at a time is counted
+from its two columns, in as many parts of its keys as the limit asks for, so that memory grows with what is kept and not with
+what is seen.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ctrlib.data.memory import half_of_free_mb
+from ctrlib.data.numeric import Counts
+from ctrlib.data.source import BLOCK_ROWS
+from ctrlib.data.vocabulary import HashBuckets, Ids, ValueCounter, Vocabulary, as_keys
+from ctrlib.progress import track
+from ctrlib.schema import FIRST_VALUE_ID, CrossField, DataError, SparseColumn
+
+Keys = npt.NDArray[np.int64]
+
+VALUE_BYTES = 4 * 4 * 16 + 28
+"""What a value is taken to cost when crosses are counted: a row of width 16 with its gradient and the two moments of dense Adam
+in float32; key, count and index of the vocabulary. :func:`ctrlib.memory.cross_memory` knows the real width and optimizer."""
+
+_COUNT_BYTES = 100  # of a distinct key while it is counted
+_NONE = -1  # the key of a pair that has no id of its own
+
+
+def cross_keys(first: Ids, second: Ids, second_size: int) -> Keys:
+    """id_1 · size_2 + id_2, and −1 where either is padding or OOV."""
+    known = (first >= FIRST_VALUE_ID) & (second >= FIRST_VALUE_ID)
+    return np.where(known, first.astype(np.int64) * second_size + second, _NONE)
+
+
+def most_values(cross: CrossField, sizes: Mapping[str, int], rows: int) -> int:
+    """A bound on the values of a cross before it is counted: min(\\|A\\|·\\|B\\|, rows/min_count, max_size), or hash_size.
+
+    Args:
+        cross: of fields A and B.
+        sizes: ids by field, padding and OOV included.
+        rows: of the training table.
+    """
+    if cross.hash_size is not None:
+        return cross.hash_size
+    bound = min(_most_pairs(cross, sizes), rows // cross.min_count)
+    return bound if cross.max_size is None else min(bound, cross.max_size)
+
+
+def _most_pairs(cross: CrossField, sizes: Mapping[str, int]) -> int:
+    first, second = (sizes[name] - FIRST_VALUE_ID for name in cross.of)
+    return first * second
+
+
+def fit_crosses(
+    crosses: Sequence[CrossField],
+    columns: Sequence[SparseColumn],
+    blocks: Iterable[Ids],
+    rows: int,
+    memory_mb: float | None = None,
+) -> dict[str, Vocabulary | HashBuckets]:
+    """The vocabulary of every cross.
+
+    Args:
+        crosses: of fields among ``columns``.
+        columns: what the columns of the blocks mean.
+        blocks: the ids of the training rows, [N, F].
+        rows: of all blocks.
+        memory_mb: what the crosses may take in training, at :data:`VALUE_BYTES` a value; ``None``: half of the free memory.
+
+    Raises:
+        DataError: they would take more; says what to change. Pairs are counted largest bound first, so it comes early.
+    """
+    limit = (half_of_free_mb() if memory_mb is None else memory_mb) * 2**20
+    sizes = {c.name: c.vocab_size for c in columns}
+    vocabularies: dict[str, Vocabulary | HashBuckets] = {
+        c.name: HashBuckets(c.hash_size) for c in crosses if c.hash_size is not None
+    }
+    _check_limit(crosses, vocabularies, limit)
+    counted = [c for c in crosses if c.hash_size is None]
+    if not counted:
+        return vocabularies
+    counted.sort(key=lambda c: -most_values(c, sizes, rows))
+    used = {name: at for at, name in enumerate(sorted({name for c in counted for name in c.of}))}
+    at = [next(i for i, c in enumerate(columns) if c.name == name) for name in used]
+    threads = min(cpu_count() or 1, len(counted)) if rows > BLOCK_ROWS else 1
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ctrlib-")))
+        ids = np.memmap(folder / "ids.bin", np.int32, "w+", shape=(len(used), rows))
+        done = 0
+        for block in blocks:
+            ids[:, done : done + len(block)] = block[:, at].T
+            done += len(block)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        bar = stack.enter_context(track("count crosses", len(counted), "crosses"))
+
+        def fit(cross: CrossField) -> Vocabulary:
+            first, second = (ids[used[name]] for name in cross.of)
+            seen = min(_most_pairs(cross, sizes), rows)
+            parts = max(1, -(-seen * _COUNT_BYTES * threads // int(limit)))
+            return _fit_cross(cross, first, second, sizes[cross.of[1]], parts)
+
+        for start in range(0, len(counted), threads):
+            some = counted[start : start + threads]
+            vocabularies |= zip((c.name for c in some), pool.map(fit, some), strict=True)
+            _check_limit(crosses, vocabularies, limit)
+            bar.advance(len(some))
+    return vocabularies
+
+
+def _fit_cross(cross: CrossField, first: Ids, second: Ids, second_size: int, parts: int) -> Vocabulary:
+    """Count the keys of one pair, those with each remainder modulo ``parts`` in a pass of their own."""
+    values: list[Keys] = []
+    counts: list[Counts] = []
+    for part in range(parts):
+        counter = ValueCounter(pa.int64())
+        for start in range(0, len(first), BLOCK_ROWS):
+            keys = cross_keys(first[start : start + BLOCK_ROWS], second[start : start + BLOCK_ROWS], second_size)
+            keys = keys[(keys != _NONE) & (keys % parts == part)]
+            counter.update(as_keys(pa.array(keys), pa.int64(), str))
+        found, count = counter.result()
+        frequent = count >= cross.min_count
+        values.append(found.to_numpy()[frequent])
+        counts.append(count[frequent])
+    return Vocabulary.ordered(pa.array(np.concatenate(values)), np.concatenate(counts), cross.max_size)
+
+
+def _check_limit(crosses: Sequence[CrossField], known: Mapping[str, Vocabulary | HashBuckets], limit: float) -> None:
+    sizes = {name: v.size for name, v in known.items()}
+    total = sum(sizes.values())
+    if total * VALUE_BYTES <= limit:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    raise DataError(
+        f"the crosses are too large: {len(sizes)} of {len(crosses)} have {total:,} values, which take about "
+        f"{total * VALUE_BYTES / 2**20:,.0f} MB in training ({VALUE_BYTES} bytes each); allowed are {limit / 2**20:,.0f} MB "
+        f"(cross_memory_mb). Raise their min_count, set max_size or hash_size, cross fewer fields, or allow more; the largest: "
+        + ", ".join(f"{name!r} with {sizes[name]:,}" for name in largest)
+    )

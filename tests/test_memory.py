@@ -1,0 +1,143 @@
+"""The predicted memory of tables: against what the optimizers hold, and the peak of the process while it trains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctrlib.embedding import RowDtype
+from ctrlib.experiment import DataOptions, train
+from ctrlib.memory import cross_memory, table_memory
+from ctrlib.optim import OptimizerConfig, build_optimizer
+from ctrlib.schema import BatchLayout, DataError, SparseColumn
+from ctrlib.table import EmbeddingTable
+from tests.clicks import SCHEMA, clicks, tiny
+
+EVERY: list[dict[str, Any]] = [
+    *({"embedding": e} for e in ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "rowwise_adam", "adam")),
+    *({"embedding": "dense", "name": n} for n in ("adam", "adamw", "adagrad", "sgd")),
+    {"embedding": "dense", "name": "sgd", "momentum": 0.9},
+    {"embedding": "adagrad", "embedding_l2": 1e-3},
+    {"embedding": "lazy_adam", "embedding_l2": 1e-3, "embedding_l2_mode": "batch_rows"},
+]
+
+
+def _held(value: object) -> int:
+    """Bytes of the large tensors inside a state dict."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_held, value.values()))
+    return sum(map(_held, value)) if isinstance(value, list) else 0
+
+
+@pytest.mark.parametrize(
+    ("options", "row_dtype"),
+    [(o, d) for o in EVERY for d in ("float32", "bfloat16") if d == "float32" or o["embedding"] != "dense"],
+    ids=str,
+)
+def test_what_the_optimizers_hold(options: dict[str, Any], row_dtype: RowDtype) -> None:
+    rows, dim = 5000, 6
+    config = OptimizerConfig(**options)
+    table = EmbeddingTable(rows, dim, torch.bfloat16 if row_dtype == "bfloat16" else None)
+    optimizer = build_optimizer(table, config)
+    torch.autograd.backward(table(torch.arange(50)).sum())
+    predicted = table_memory(rows, dim, config, row_dtype)
+    weight = table.weight
+    assert predicted.weights == weight.numel() * weight.element_size()
+    grad = weight.grad
+    assert grad is not None
+    assert predicted.gradient == (0 if grad.is_sparse else grad.numel() * 4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    held = _held(state["tables"]) + _held(state["dense"])
+    kernel = 0 if options["embedding"] == "dense" else 4 * rows
+    assert held + kernel == pytest.approx(predicted.state, abs=64)  # torch.optim counts its steps
+    optimizer.close()
+
+
+def test_only_crosses_count() -> None:
+    layout = BatchLayout(
+        sparse=(
+            SparseColumn("a", 1000, "a"),
+            SparseColumn("b", 50, "b"),
+            SparseColumn("a*b", 300, "a*b", ("a", "b")),
+            SparseColumn("a*c", 70, "a*c", ("a", "c")),
+        )
+    )
+    config = OptimizerConfig(embedding="dense")
+    memory = cross_memory(layout, 10, config)
+    assert (memory.rows, memory.weights, memory.gradient, memory.state) == (370, 14800, 14800, 29600)
+    assert memory.total == 4 * 14800  # the weights, their gradient, and two moments
+    assert cross_memory(layout, 10, config, dims={"a*c": 4, "a": 99}).weights == 4 * (300 * 10 + 70 * 4)
+    assert cross_memory(layout, 10, OptimizerConfig(embedding="sgd"), row_dtype="bfloat16").weights == 7400
+
+
+PEAK = """
+import json, sys
+import torch
+from ctrlib.batch import Batch
+from ctrlib.losses import total_loss
+from ctrlib.memory import cross_memory
+from ctrlib.models.ctr import build_model
+from ctrlib.experiment import configure
+from ctrlib.optim import build_optimizer
+from ctrlib.schema import BatchLayout, SparseColumn
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+
+def peak(layout, config):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    before = status("VmRSS")
+    model = build_model(config.model, layout)
+    optimizer = build_optimizer(model, config.fit.optimizer)
+    for _ in range(3):
+        ids = torch.stack([torch.randint(1, c.vocab_size, (64,)) for c in layout.sparse], 1).int()
+        batch = Batch(sparse=ids, dense=torch.zeros(64, 0), labels=torch.ones(64, 1))
+        optimizer.zero_grad()
+        total_loss(model(batch), batch).backward()
+        optimizer.step()
+    return status("VmHWM") - before
+
+plain = (SparseColumn("a", 2000, "a"), SparseColumn("b", 2000, "b"))
+crossed = (*plain, SparseColumn("a*b", 600_000, "a*b", ("a", "b")))
+found = {}
+for embedding in ("dense", "adagrad", "lazy_adam"):
+    options = {"model.embedding.dim": "16", "fit.optimizer.embedding": embedding, "model.interaction.hidden_units": "8"}
+    config = configure("dnn", options=options)
+    peak(BatchLayout(sparse=plain), config)  # what torch allocates once
+    rest = peak(BatchLayout(sparse=plain), config)
+    taken = peak(BatchLayout(sparse=crossed), config) - rest
+    found[embedding] = taken, cross_memory(BatchLayout(sparse=crossed), 16, config.fit.optimizer).total
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of the process from /proc")
+def test_the_real_peak_is_within_a_tenth_of_the_prediction() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"dense", "adagrad", "lazy_adam"}
+    for embedding, (taken, predicted) in found.items():
+        assert taken == pytest.approx(predicted, rel=0.1), embedding
+
+
+def test_training_is_refused_where_the_crosses_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlib.experiment.half_of_free_mb", lambda: 1e-3)
+    crossed = DataOptions(schema=SCHEMA.with_crosses([("user", "city")]))
+    with pytest.raises(
+        DataError, match=r"the crosses have [\d,]+ values, which take .* MB in training with .*'adagrad'; free are"
+    ):
+        train(clicks(300, 0), tiny(), tmp_path / "run", crossed)
+    assert list(tmp_path.iterdir()) == []
+    train(clicks(300, 0), tiny(fit__epochs="1"), tmp_path / "run", DataOptions(schema=SCHEMA))
