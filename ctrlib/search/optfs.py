@@ -11,6 +11,7 @@ trained from there. Where a model multiplies vectors (FM, IPNN), gating them gat
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -39,6 +40,8 @@ Regulariser = Literal["sigmoid", "gate"]
 KeepScale = Literal["gate", "one"]
 Start = Literal["rewind", "same_seed", "random", "none"]
 
+_log = logging.getLogger("ctrlib")
+
 _NEAR = 0.05  # a logit this close to 0 might have the other sign with another seed
 
 
@@ -58,7 +61,8 @@ class OptFSConfig:
         regulariser: what λ multiplies; ``sigmoid``: Σ σ(τ·g_c), ``gate``: Σ g, which is larger by 1/σ(g_c⁰).
         keep_scale: of the kept rows where re-training starts; ``gate``: 1/σ(g_c⁰), to which their gates tend, ``one``: 1.
         gate_init: g_c⁰.
-        learning_rate: of the gates' Adam; ``None``: that of the net.
+        learning_rate: of the gates' Adam; ``None``: that of the net. A logit moves by about this much a step at most: where an
+            epoch has few steps, it takes a higher one to get from g_c⁰ below 0 in the first two or three.
         epsilon: of the gates' Adam. Part of the method: λ is of its size, and it decides whether unseen values are dropped.
         embedding: optimizer of the tables during the search; ``dense`` as in the released code, ``None``: as ``fit`` has it.
         start: weights in the result, for re-training; ``rewind``: after epoch T_c; ``same_seed``: the initial ones (the
@@ -196,6 +200,15 @@ def search_optfs(
         raise ConfigError(
             f"OptFS closed the gates of all {gates.count} values: penalty {config.penalty:g} outweighs what the data says; "
             "lower it (ten times at first), or take fewer steps (epochs), or a lower learning_rate of the gates"
+        )
+    if all(kept[1:].all() for kept in values.values()):
+        _log.warning(
+            "OptFS dropped no value: the lowest logit is %.3g after %d steps at learning rate %g; raise penalty (%g), or the "
+            "learning_rate of the gates where the steps are few",
+            history[-1]["logits"][0],
+            config.epochs * len(loader),
+            rate,
+            config.penalty,
         )
     weights = {"rewind": rewound, "same_seed": initial, "random": None, "none": _snapshot(network)}[config.start]
     if weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -306,6 +307,12 @@ def test_row_wise_adam_searches_as_dense_adam_does(store: Store) -> None:
 def test_a_penalty_that_closes_everything_is_refused(store: Store) -> None:
     with pytest.raises(ConfigError, match=r"closed the gates of all \d+ values: penalty 10 outweighs.*lower it"):
         search(store, replace(QUICK, penalty=10, learning_rate=0.5))
+
+
+def test_a_search_that_drops_nothing_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    found = search(store, replace(QUICK, learning_rate=1e-4))
+    assert found.report["values"]["kept"] == found.report["values"]["total"]
+    assert re.search(r"dropped no value: the lowest logit is 0\.49\d after 18 steps at learning rate 0\.0001", caplog.text)
 
 
 @pytest.mark.parametrize(
