@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -18,6 +18,9 @@ from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, BatchLayout, FieldLayout, Sequ
 from ctrlib.table import EmbeddingTable
 
 RowDtype = Literal["float32", "bfloat16"]
+Gate = Callable[[Tensor], Tensor]
+
+_UNGATED = -(2**31)  # below 0 with any id added
 
 
 class FeatureEmbedding(Component, nn.Module):
@@ -121,6 +124,29 @@ class FeatureEmbedding(Component, nn.Module):
     def __call__(self, batch: Batch) -> Tensor:
         return cast(Tensor, super().__call__(batch))
 
+    @property
+    def vocabularies(self) -> dict[str, Tensor]:
+        """The rows [vocab_size, width] of every vocabulary, by its name (the field's, or that of the field it shares with)."""
+        weights = ((table, table.rows.weight.detach()) for table in self._tables)
+        return {
+            name: weight[first : first + table.sizes[name]]
+            for table, weight in weights
+            for name, first in table.first_row.items()
+        }
+
+    def attach(self, first: Mapping[str, int], gate: Gate) -> None:
+        """Multiply the rows of values by gates: right after the lookup, before projection and pooling.
+
+        A value whose gate is 0 counts as padding, so means are over the others. The gates are no part of this module: neither
+        its parameters nor its ``state_dict`` change. Gates attached before are replaced.
+
+        Args:
+            first: by vocabulary; id i ≥ 1 has gate number ``first[name] + i``. Vocabularies that are not named have no gates.
+            gate: numbers [...] → gates [..., 1]. Number 0 stands for padding and for values without a gate; its gate must be 1.
+        """
+        for table in self._tables:
+            table.attach(first, gate)
+
     def load_pretrained(self, table: str, ids: npt.NDArray[np.int32], vectors: npt.NDArray[np.float32]) -> None:
         """Copy vectors into rows of one vocabulary.
 
@@ -180,7 +206,7 @@ class _Table(nn.Module):
             self.rows.weight[list(self.first_row.values())] = 0
         self.rows.weight.requires_grad_(trained)
         mine = [(i, c) for i, c in sparse if c.table in sizes]
-        self.sparse_names = [c.name for _, c in mine]
+        self.sparse_names, self.sparse_tables = [c.name for _, c in mine], [c.table for _, c in mine]
         self.sequences = [c for c in sequences if c.table in sizes]
         columns, offsets = [i for i, _ in mine], [self.first_row[c.table] for _, c in mine]
         self.all_columns = columns == list(range(num_columns))
@@ -188,18 +214,30 @@ class _Table(nn.Module):
         self.offsets: Tensor
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         self.register_buffer("offsets", torch.tensor(offsets, dtype=torch.int32), persistent=False)
+        self.gate: Gate | None = None
+        self.first_gate: dict[str, int] = {}
+        self.gate_offsets: Tensor
         count = len(mine) + len(self.sequences)
         self.projection = None if width == config.dim else nn.Parameter(torch.empty(count, width, config.dim))
         if self.projection is not None:
             for matrix in self.projection:
                 nn.init.xavier_normal_(matrix)
 
+    def attach(self, first: Mapping[str, int], gate: Gate) -> None:
+        self.gate = gate
+        self.first_gate = {name: first.get(name, _UNGATED) for name in self.sizes}
+        offsets = torch.tensor([self.first_gate[name] for name in self.sparse_tables], dtype=torch.int32)
+        self.register_buffer("gate_offsets", offsets.to(self.offsets.device), persistent=False)
+
     def forward(self, ids_BF: Tensor) -> Tensor | None:
         if not self.sparse_names:
             return None
         if not self.all_columns:
             ids_BF = ids_BF.index_select(1, self.columns)
-        x_BFD = cast(Tensor, self.rows(self._global(ids_BF, self.offsets)))
+        ids_BF = self._drop_tokens(ids_BF)
+        x_BFD = cast(Tensor, self.rows(_numbers(ids_BF, self.offsets)))
+        if self.gate is not None:
+            x_BFD = x_BFD * self.gate(_numbers(ids_BF, self.gate_offsets).clamp(min=0))
         if self.projection is None:
             return x_BFD
         return torch.einsum("bfw,fwd->bfd", x_BFD, self.projection[: len(self.sparse_names)])
@@ -209,19 +247,27 @@ class _Table(nn.Module):
         tokens = []
         for i, column in enumerate(self.sequences):
             ragged = sequences[column.name]
-            rows = self._global(ragged.values, self.first_row[column.table])
-            pooled = self.rows.pool(rows, ragged.offsets, column.pooling)
+            ids_N = self._drop_tokens(ragged.values)
+            gate_N1: Tensor | None = None
+            if self.gate is not None:
+                gate_N1 = self.gate(_numbers(ids_N, self.first_gate[column.table]).clamp(min=0))
+                ids_N = ids_N * (gate_N1.squeeze(1) != 0)
+            pooled = self.rows.pool(_numbers(ids_N, self.first_row[column.table]), ragged.offsets, column.pooling, gate_N1)
             if self.projection is not None:
                 pooled = pooled @ self.projection[len(self.sparse_names) + i]
             tokens.append(pooled.unsqueeze(1))
         return tokens
 
-    def _global(self, ids: Tensor, offsets: Tensor | int) -> Tensor:
-        """Row numbers in this table; padding of every vocabulary goes to row 0."""
-        if self.training and self.token_dropout > 0:
-            dropped = (torch.rand(ids.shape, device=ids.device) < self.token_dropout) & (ids > 0)
-            ids = torch.where(dropped, OOV_ID, ids)
-        return (ids + offsets) * (ids > 0)
+    def _drop_tokens(self, ids: Tensor) -> Tensor:
+        if not self.training or self.token_dropout == 0:
+            return ids
+        dropped = (torch.rand(ids.shape, device=ids.device) < self.token_dropout) & (ids > 0)
+        return torch.where(dropped, OOV_ID, ids)
+
+
+def _numbers(ids: Tensor, offsets: Tensor | int) -> Tensor:
+    """Numbers of rows or gates, where those of each vocabulary follow one another; padding of all of them is number 0."""
+    return (ids + offsets) * (ids > 0)
 
 
 class _Missing(nn.Module):

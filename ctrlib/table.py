@@ -36,12 +36,17 @@ class EmbeddingTable(nn.Embedding):
         gather: Any = _Gather.apply if trained else _native.gather
         return cast(Tensor, gather(self.weight, ids))
 
-    def pool(self, ids: Tensor, offsets: Tensor, mode: str) -> Tensor:
-        """Mean, sum or max over each stretch ``ids[offsets[b]:offsets[b + 1]]`` without its padding; [B, D], 0 where empty."""
-        if not self.sparse:
+    def pool(self, ids: Tensor, offsets: Tensor, mode: str, gate_N1: Tensor | None = None) -> Tensor:
+        """Mean, sum or max over each stretch ``ids[offsets[b]:offsets[b + 1]]`` without its padding; [B, D], 0 where empty.
+
+        With gates, every row is first multiplied by its own; a mean is still one over the number of rows.
+        """
+        if not self.sparse and gate_N1 is None:
             pooled = F.embedding_bag(ids, self.weight, offsets, mode=mode, include_last_offset=True, padding_idx=0)
             return pooled.float() if pooled.dtype == torch.bfloat16 else pooled
         rows_ND = self(torch.cat([ids.new_zeros(1), ids]))  # the first one stands for padding
+        if gate_N1 is not None:
+            rows_ND = rows_ND * torch.cat([gate_N1.new_ones(1, 1), gate_N1])
         at = torch.arange(1, ids.shape[0] + 1, device=ids.device, dtype=offsets.dtype) * (ids > 0)
         return F.embedding_bag(at, rows_ND, offsets, mode=mode, include_last_offset=True, padding_idx=0)
 
