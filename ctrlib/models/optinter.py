@@ -157,9 +157,10 @@ class OptInter(ModelComponent):
         """The pairs that have a place in the MLP's input, in its order."""
 
         self.crosses = self._table([cast(str, self.pairs[i].cross) for i in memorised], config.embedding.init_std, layout)
-        self.at: Tensor | None = None
-        if self.logits is not None and memorised != list(slots):
-            self.register_buffer("at", torch.tensor(memorised, dtype=torch.int64), persistent=False)
+        self.at: Tensor | None
+        in_place = self.logits is None or memorised == list(slots)
+        at = None if in_place else torch.tensor(memorised, dtype=torch.int64)
+        self.register_buffer("at", at, persistent=False)
         ends = [(self.pairs[i].left, self.pairs[i].right) for i in factorised]
         # NOTE[DIFF] Xavier in the paper, whose spread shrinks with the number of rows: on Criteo, factors start at 0.002 and
         # their products at 4e-6. Here products start as large as the rows of crosses, so that both have a fair start.

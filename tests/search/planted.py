@@ -76,7 +76,7 @@ def random_sign_pair(rows: int, values: int, seed: int, *, rank_one: bool = Fals
 
 
 def bilinear_pairs(rows: int, values: int, seed: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Six fields; y = [Σ_f w_f + Σ_pairs ⟨v_i, v_j⟩ + noise > 0] over the pairs (0, 1), (2, 5), (3, 4), as in AutoFIS's test."""
+    """Six fields; y = [Σ_f w_f + Σ_pairs ⟨v_i, v_j⟩ + noise > 0] over (0, 1), (2, 5), (3, 4), as in AutoFIS."""
     rng = np.random.default_rng(seed)
     weights, vectors = rng.normal(size=(6, values)), rng.normal(size=(6, values, 5))
     x_NF = rng.integers(0, values, (rows, 6))
