@@ -18,7 +18,7 @@ from ctrlib.interactions.mlp import MLP
 from ctrlib.metrics import auc
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import CHOICES, Choice, OptInter, field_pairs
-from ctrlib.models.presets import COMPONENTS, preset
+from ctrlib.models.presets import COMPONENTS, optinter
 from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
 from tests.models.small import LAYOUT, awake, crossed, rows, with_crosses
 from tests.reference.mlp import layer_norm, linear
@@ -32,7 +32,8 @@ PAIRS = ("user*item", "user*hour", "item*hour")
 def model(layout: BatchLayout = CROSSED, *, dim: int = 3, **options: Any) -> OptInter:
     torch.manual_seed(1)
     embedding = FeatureEmbedding.Config(dim=dim, init_std=0.5)
-    config = OptInter.Config(**({"embedding": embedding, "pair_dim": 2, "mlp": MLP.Config(hidden_units=(4,))} | options))
+    defaults: dict[str, Any] = {"embedding": embedding, "pair_dim": 2, "mlp": MLP.Config(hidden_units=(4,))}
+    config = OptInter.Config(**(defaults | options))
     return cast(OptInter, build_model(config, layout)).eval()
 
 
@@ -77,8 +78,9 @@ def by_hand(m: OptInter, batch: Batch) -> np.ndarray[Any, Any]:
     """Logits of the batch, in NumPy, from the weights."""
     weights = {name: value.detach().numpy() for name, value in m.state_dict().items()}
     e_BFD = m.embedding(batch).detach().numpy()
-    crosses = None if m.crosses is None else (m.crosses.out.names, m.crosses(batch).detach().numpy())
-    factors = None if m.factors is None else (m.factors.out.names, m.factors(batch).detach().numpy())
+    crosses, factors = (
+        None if part is None else (part.out.names, np.asarray(part(batch).detach().numpy())) for part in (m.crosses, m.factors)
+    )
     logits = []
     for b in range(len(batch)):
         slots = []
@@ -86,8 +88,8 @@ def by_hand(m: OptInter, batch: Batch) -> np.ndarray[Any, Any]:
             [pair] = [p for p in m.pairs if p.name == slot]
             zeros = np.zeros(m.config.pair_dim)
             row = left = right = zeros
-            if crosses is not None and pair.cross in crosses[0]:
-                row = crosses[1][b, crosses[0].index(cast(str, pair.cross))]
+            if crosses is not None and pair.cross is not None and pair.cross in crosses[0]:
+                row = crosses[1][b, crosses[0].index(pair.cross)]
             if factors is not None and {pair.left, pair.right} <= set(factors[0]):
                 left, right = (factors[1][b, factors[0].index(name)] for name in (pair.left, pair.right))
             if m.logits is not None:
@@ -149,7 +151,8 @@ def test_a_pair_without_effect_has_no_gradient() -> None:
 
 def test_a_cross_is_found_by_its_parts() -> None:
     """The released code looks pairs up in the dictionary of another; here neither order nor name of columns matters."""
-    m, batch = awake(model()), crossed(rows(6), LAYOUT)
+    m, batch = model(), crossed(rows(6), LAYOUT)
+    awake(m)
     order = [0, 1, 2, 5, 3, 4]
     turned = replace(CROSSED.sparse[3], name="visits", parts=("item", "user"))
     columns = (*CROSSED.sparse[:3], turned, *CROSSED.sparse[4:])
@@ -158,11 +161,11 @@ def test_a_cross_is_found_by_its_parts() -> None:
     assert [p.name for p in other.pairs] == list(PAIRS)
     state = m.state_dict()
     sizes = [CROSSED.sparse[i].vocab_size for i in (3, 4, 5)]
-    rows_V = table(m.crosses).detach().split(sizes)
-    state["crosses.tables.0.rows.weight"] = torch.cat([rows_V[i] for i in (2, 0, 1)])
+    by_cross = torch.split(table(m.crosses).detach(), sizes)  # type: ignore[no-untyped-call]
+    state["crosses.tables.0.rows.weight"] = torch.cat([by_cross[i] for i in (2, 0, 1)])
     other.load_state_dict(state)
     shuffled = replace(batch, sparse=batch.sparse[:, order])
-    torch.testing.assert_close(other(shuffled).logits, cast(OptInter, m)(batch).logits)
+    torch.testing.assert_close(other(shuffled).logits, m(batch).logits)
 
 
 def test_pairs_are_of_categorical_fields_only() -> None:
@@ -284,11 +287,11 @@ def test_explain_shows_the_shares() -> None:
 
 
 def test_choices_survive_json_and_can_be_set_by_path() -> None:
-    config = replace(preset("optinter"), choices=MIXED)
+    config = replace(optinter(), choices=MIXED)
     again = from_json(json.loads(json.dumps(to_json(config))), ModelComponent.Config, COMPONENTS)
     assert again == config
-    every = override(preset("optinter"), {"choices": "factorize", "operations": "factorize,naive"}, COMPONENTS)
-    assert (every.choices, every.operations) == ("factorize", ("factorize", "naive"))  # type: ignore[attr-defined]
+    every = override(optinter(), {"choices": "factorize", "operations": "factorize,naive"}, COMPONENTS)
+    assert (every.choices, every.operations) == ("factorize", ("factorize", "naive"))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ CRITEO = (13, 26, 514_758, 21_037_178, 20, 10, (700,) * 5)
 AVAZU = (0, 24, 1_228_770, 240_329_204, 40, 4, (500,) * 5)
 
 
-def counts(data: tuple[Any, ...], choices: str | None) -> tuple[int, int]:
+def counts(data: tuple[Any, ...], choices: Choice | None) -> tuple[int, int]:
     """Parameters as published, and logits.
 
     The released code has one padding row a table where every vocabulary has one here, none of them trained, and in its second
@@ -334,7 +337,7 @@ def counts(data: tuple[Any, ...], choices: str | None) -> tuple[int, int]:
     pairs = len(layout.sparse) - categories
     columns = [replace(c, vocab_size=2 + (crosses if i == 0 else 0)) for i, c in enumerate(layout.sparse[categories:])]
     layout = BatchLayout((*fields, *columns), tuple(DenseColumn(f"I{i}") for i in range(numbers)))
-    config = replace(preset("optinter"), embedding=FeatureEmbedding.Config(dim=s1), pair_dim=s2, choices=choices)
+    config = replace(optinter(), embedding=FeatureEmbedding.Config(dim=s1), pair_dim=s2, choices=choices)
     with torch.device("meta"):
         m = cast(OptInter, build_model(replace(config, mlp=MLP.Config(hidden_units=hidden, norm="layer")), layout))
     total = sum(p.numel() for p in m.parameters()) - (categories - 1) * s1
