@@ -38,7 +38,7 @@ class OptInterConfig:
         passes: over the training rows. In the first one every batch is new, and its gradient tells what helps on rows not
             seen; later ones reward what fits, so that sooner or later ``joint`` memorises noise. With two or more, the
             validation rows are evaluated after each; the choices are those of the pass with the best AUC, and the search ends
-            at the first pass whose AUC is lower than that of the one before.
+            at the first pass whose AUC is lower than that of the one before. Without validation rows the last pass counts.
         learning_rate: of the logits, by Adam (ε = 1e-8, no decay). A logit moves by at most so much a step: with few steps
             the paper's value leaves the logits where they started (see :meth:`few_steps`).
         start, floor: of the temperature τ = max(floor, start − rate·step); steps are training steps only.
@@ -112,7 +112,7 @@ def search_optinter(
 
     Raises:
         ConfigError: another model, choices made already, or memorize on offer and no cross in the data.
-        DataError: fewer than two categorical fields.
+        DataError: fewer than two categorical fields; several passes, and validation rows of one label only.
         TrainingDivergedError: a loss is not finite.
     """
     started = time.perf_counter()
@@ -202,8 +202,13 @@ def _search(
         passes.append(found)
         if valid is not None:
             auc = float(evaluate(net, valid, label_names=store.encoder.schema.labels, precision=fit.precision)["auc"])
+            if not math.isfinite(auc):
+                raise DataError(
+                    "the validation AUC, by which a search of several passes stops, is undefined; expected validation rows "
+                    "with both labels: give others, or search for one pass"
+                )
             found["valid_auc"] = auc
-            if best is not None and not auc >= best[0]:
+            if best is not None and auc < best[0]:
                 break
             best = (auc, net.logits.detach().clone())
     optimizer.close()

@@ -161,7 +161,7 @@ def test_a_cross_is_found_by_its_parts() -> None:
     assert [p.name for p in other.pairs] == list(PAIRS)
     state = m.state_dict()
     sizes = [CROSSED.sparse[i].vocab_size for i in (3, 4, 5)]
-    by_cross = torch.split(table(m.crosses).detach(), sizes)  # type: ignore[no-untyped-call]
+    by_cross = torch.split(table(m.crosses).detach(), sizes)
     state["crosses.tables.0.rows.weight"] = torch.cat([by_cross[i] for i in (2, 0, 1)])
     other.load_state_dict(state)
     shuffled = replace(batch, sparse=batch.sparse[:, order])

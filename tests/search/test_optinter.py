@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+import ctrlib
 import ctrlib.search.optinter as search
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.experiment import DataOptions, RunConfig, prepare, train
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import build_model
 from ctrlib.models.optinter import Choice, OptInter
@@ -24,6 +28,7 @@ from ctrlib.schema import BatchLayout, DataError, DenseField, Schema, SparseFiel
 from ctrlib.search.optinter import OptInterConfig, compact_optinter, search_optinter
 from ctrlib.search.selection import Selection
 from ctrlib.training import FitConfig
+from tests.clicks import write
 from tests.models.small import LAYOUT, awake, crossed, rows, with_crosses
 from tests.search.planted import HandStore, bilinear_pairs, fields, plain, random_sign_pair, small, split
 
@@ -238,6 +243,30 @@ def test_errors() -> None:
 def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OptInterConfig(**options)
+
+
+def test_an_undefined_validation_auc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "evaluate", Auc(float("nan")))
+    with pytest.raises(DataError, match=r"validation AUC.* is undefined; expected validation rows with both labels"):
+        searched(store(splits=("train", "valid")), replace(FEW, passes=2))
+
+
+def test_from_raw_rows_to_a_trained_model(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    options = DataOptions(schema=folder / "schema.json", valid=str(folder / "valid.parquet"), test=str(folder / "test.parquet"))
+    made = prepare(str(folder / "train.parquet"), tmp_path / "store", options)
+    model = small(operations=("naive", "factorize"))
+    found = search_optinter(model, made, replace(FEW, passes=2), fit=FIT, batch_size=250, seed=0)
+    assert found.encoder_hash == made.encoder.hash
+    assert list(found.pairs or {}) == ["user*city", "user*age", "city*age"]
+    assert all(0.5 < p["valid_auc"] < 1 for p in found.report["passes"])
+    json.dumps(found.report, allow_nan=False)
+    assert found.model is not None
+    report = train(made, RunConfig(model=found.model, fit=replace(FIT, epochs=2), device="cpu"), tmp_path / "run")
+    assert report["test"]["auc"] > 0.6
+    loaded = ctrlib.load(tmp_path / "run")
+    assert loaded.model.config == found.model
+    assert len(loaded.predict(str(folder / "test.parquet"))) == 401
 
 
 SOME: dict[str, Choice] = {"user*item": "factorize", "user*hour": "naive", "item*hour": "memorize"}
