@@ -106,9 +106,9 @@ def search_optinter(
     Returns:
         ``pairs``: the choices; ``scores``: by how much the better of memorize and factorize is ahead of naive, in logits (0 if
         naive was not on offer); ``model``: the config with these choices. ``report``: ``settings``, ``seconds``, ``steps``,
-        ``passes`` (mean loss, temperature, choices, validation AUC of each), ``logits`` and ``margins`` by pair (a margin is
-        how far the best choice is ahead of the second), ``choices`` (how many of each), ``parameters`` of the mixture and of
-        the model to re-train.
+        ``passes`` (mean loss, seconds of training, temperature, choices, validation AUC of each), ``logits`` and ``margins`` by
+        pair (a margin is how far the best choice is ahead of the second), ``choices`` (how many of each), ``parameters`` of the
+        mixture and of the model to re-train.
 
     Raises:
         ConfigError: another model, choices made already, or memorize on offer and no cross in the data.
@@ -197,8 +197,11 @@ def _search(
         if config.method == "bilevel":  # rows and turns as in the first pass
             train.epoch, steppers = 0, [_InTurn(optimizers)]
         title = f"optinter {number}/{config.passes}"
+        began = time.perf_counter()
         loss = train_pass(net, train, steppers, title=title, precision=fit.precision, before_step=tick)
-        found = {"loss": loss, "temperature": float(net.temperature), "choices": _counts(net.best())}
+        seconds = time.perf_counter() - began
+        choices = _counts(net.best())
+        found = {"loss": loss, "seconds": seconds, "temperature": float(net.temperature), "choices": choices}
         passes.append(found)
         if valid is not None:
             auc = float(evaluate(net, valid, label_names=store.encoder.schema.labels, precision=fit.precision)["auc"])
