@@ -3,7 +3,7 @@
 * ``paper``: the equations as printed; widths and depths that a paper tunes per data set are our choice.
 * ``fuxictr``: the benchmark code behind the published BARS numbers: dim 10, N(0, 1e-4²) embeddings, Xavier-normal layers,
   batch-normalised MLPs. Dropout, L2 and depths that BARS tuned per data set are in ``experiments/``.
-* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN and InterHAt.
+* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN, InterHAt and OptInter.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.multi_vector import MultiVectorModel
+from ctrlib.models.optinter import OptInter
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -574,6 +575,26 @@ def ifm(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, IFM.Config(), dim=1 + 16)
 
 
+def optinter(flavour: Flavour = "paper") -> OptInter.Config:
+    """A mixture of memorised, factorised and naive pairs, to be searched; the paper's sizes for Criteo.
+
+    Crosses must be fields of the data to be memorised; without any, the mixture is of factorised and naive.
+    """
+    # NOTE[DIFF] the authors' search leaves tables at torch's N(0, 1), their re-training draws U(±(3/(F·D))²): 1e-5 on Criteo
+    embedding = FeatureEmbedding.Config(dim=20, init_std=1.0) if flavour == "official" else FeatureEmbedding.Config(dim=20)
+    return OptInter.Config(embedding=embedding, weight_init="xavier_uniform")
+
+
+def optinter_m(flavour: Flavour = "paper") -> OptInter.Config:
+    """OptInter with every pair memorised; the data must have the cross of every pair of its categorical fields."""
+    return replace(optinter(flavour), choices="memorize")
+
+
+def optinter_f(flavour: Flavour = "paper") -> OptInter.Config:
+    """OptInter with every pair factorised."""
+    return replace(optinter(flavour), choices="factorize")
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -645,6 +666,11 @@ PRESETS: Mapping[str, Preset] = {
     "destine": Preset(destine, "self-attention of pairs and of single fields", "arXiv:2101.03654"),
     "destine_plus": Preset(destine_plus, "DESTINE beside an MLP", "arXiv:2101.03654"),
     "ifm": Preset(ifm, "FM with a factor per field that depends on the row", "doi:10.24963/ijcai.2019/203", ("paper",)),
+    "optinter": Preset(
+        optinter, "pairs memorised, factorised or naive: the mixture to search", "arXiv:2108.01265", ("paper", "official")
+    ),
+    "optinter_m": Preset(optinter_m, "every pair memorised; needs crosses in the data", "arXiv:2108.01265", ("paper",)),
+    "optinter_f": Preset(optinter_f, "every pair factorised, into an MLP", "arXiv:2108.01265", ("paper",)),
 }
 
 COMPONENTS: Table = {
@@ -706,6 +732,7 @@ COMPONENTS: Table = {
         GeneralizedInteraction,
         Destine,
         IFM,
+        OptInter,
     )
 }
 

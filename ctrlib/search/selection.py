@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,10 @@ from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import HashBuckets, Ids, Vocabulary
 from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.optinter import Choice as Choice
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import OOV_ID, CrossField, DataError, Field, Schema, SequenceField, SparseField, suggest
 
-Choice = Literal["memorize", "factorize", "naive"]
 Mask = npt.NDArray[np.bool_]
 
 _FORMAT = 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
 
-from ctrlib.batch import Batch, Ragged, embedding_parameters
+from ctrlib.batch import Batch, Output, Ragged, embedding_parameters
 from ctrlib.config import from_json, to_json
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.hiformer import HiformerModel
+from ctrlib.models.optinter import OptInter
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
 
@@ -70,10 +73,40 @@ def shrunk(config: ModelComponent.Config, **changes: Any) -> ModelComponent.Conf
     return from_json(walk(to_json(config)), ModelComponent.Config, COMPONENTS)
 
 
+def with_crosses(layout: BatchLayout) -> BatchLayout:
+    """The layout with the cross of every two sparse columns, which :func:`crossed` adds to batches."""
+    crosses = [
+        SparseColumn(f"{a.name}*{b.name}", a.vocab_size * b.vocab_size, f"{a.name}*{b.name}", (a.name, b.name))
+        for a, b in combinations(layout.sparse, 2)
+    ]
+    return replace(layout, sparse=(*layout.sparse, *crosses))
+
+
+def crossed(batch: Batch, layout: BatchLayout) -> Batch:
+    """A batch of ``layout`` as one of ``with_crosses(layout)``: every pair of two known values is a value of its own."""
+    columns = [batch.sparse]
+    for (i, a), (j, b) in combinations(enumerate(layout.sparse), 2):
+        x_B1, y_B1 = batch.sparse[:, i : i + 1], batch.sparse[:, j : j + 1]
+        known = (x_B1 >= 2) & (y_B1 >= 2) & (x_B1 < a.vocab_size) & (y_B1 < b.vocab_size)
+        columns.append(torch.where(known, x_B1 * b.vocab_size + y_B1, 1).to(batch.sparse.dtype))
+    return replace(batch, sparse=torch.cat(columns, dim=1))
+
+
+class Crossing(OptInter):
+    """OptInter on batches without crosses, which it adds itself, so that it stands the tests of all models."""
+
+    def __init__(self, config: OptInter.Config, layout: BatchLayout) -> None:
+        super().__init__(config, with_crosses(layout))
+        self.layout = layout
+
+    def forward(self, batch: Batch) -> Output:
+        return super().forward(crossed(batch, self.layout))
+
+
 def make(config: ModelComponent.Config, layout: BatchLayout = LAYOUT, seed: int = 1) -> ModelComponent:
-    """The model from a fixed seed, in eval mode."""
+    """The model from a fixed seed, in eval mode; OptInter as :class:`Crossing`."""
     torch.manual_seed(seed)
-    return build_model(config, layout).eval()
+    return (Crossing(config, layout) if isinstance(config, OptInter.Config) else build_model(config, layout)).eval()
 
 
 def awake(model: ModelComponent) -> ModelComponent:
