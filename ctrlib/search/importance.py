@@ -25,6 +25,7 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.progress import track
 from ctrlib.schema import BatchLayout, DataError
+from ctrlib.search.field_gates import field_embeddings
 from ctrlib.search.ranking import Top, best_fields, check_top
 from ctrlib.search.screening import label_column
 from ctrlib.search.selection import Selection
@@ -168,15 +169,11 @@ def gradient_scores(model: nn.Module, split: Split, layout: BatchLayout, *, batc
         batch_size: has no effect on the result: no row's gradient depends on another row.
 
     Raises:
-        ConfigError: the model has no FeatureEmbedding.
+        ConfigError: a field is not read through an embedding; see :func:`~ctrlib.search.field_gates.field_embeddings`.
     """
     # NOTE[DIFF] a released port reads gradients off the table, which are wrong where an id repeats in a batch, and so takes
     # batches of one row; here they are those of the tokens
-    embeddings = [m for m in model.modules() if isinstance(m, FeatureEmbedding)]
-    if not embeddings:
-        raise ConfigError(
-            "the model reads no field through a FeatureEmbedding, so there is no gradient of a field; permute instead"
-        )
+    embeddings = field_embeddings(model, layout.names)
     was_training = model.training
     model.eval()
     try:

@@ -217,7 +217,7 @@ def test_permutation_without_both_labels(tmp_path: Path) -> None:
 
 
 def test_gradients_need_an_embedding(data: Guarded) -> None:
-    with pytest.raises(ConfigError, match="reads no field through a FeatureEmbedding"):
+    with pytest.raises(ConfigError, match="no embedding of the model reads field 'a'"):
         gradient_scores(ByUser(), data.split("valid"), data.encoder.layout)
 
 
