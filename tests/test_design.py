@@ -87,8 +87,16 @@ def test_import_is_light() -> None:
 
 
 def test_library_does_not_import_what_only_tests_have() -> None:
-    used = {n.partition(".")[0] for path in _modules() for n in _imports(path)}
-    assert not used & {"pandas", "sklearn", "scipy", "pickle", "pytest", "optuna"}
+    used = {(_group(path), n.partition(".")[0]) for path in _modules() for n in _imports(path)}
+    absent = {"pandas", "sklearn", "scipy", "pickle", "pytest", "optuna", "lightgbm", "matplotlib"}
+    # the extra "search", imported by the functions that need it
+    assert {pair for pair in used if pair[1] in absent} <= {("search", name) for name in ("sklearn", "lightgbm", "matplotlib")}
+
+
+def test_searches_load_without_what_the_extra_has() -> None:
+    names = ", ".join(f"ctrlib.search.{path.stem}" for path in sorted((PACKAGE / "search").glob("[a-z]*.py")))
+    code = f"import sys, {names}; print([m for m in ('sklearn', 'lightgbm', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_public_names_are_sorted_complete_and_there() -> None:

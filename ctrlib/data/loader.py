@@ -84,6 +84,7 @@ class _Epochs(ABC):
         self._pin_memory = pin_memory
         budget = (half_of_free_mb() if memory_mb is None else memory_mb) * 2**20
         self._fits = num_rows * row_bytes <= budget
+        self._chosen: Tensor | None = None  # numbers of the rows; None: all
         self._window_rows = int(budget / 2 / row_bytes)  # one window is used while the next one is read
         full, rest = divmod(num_rows, batch_size)
         self._bounds = [(i * batch_size, (i + 1) * batch_size) for i in range(full)]
@@ -101,12 +102,13 @@ class _Epochs(ABC):
         return sum(stop - start for start, stop in self._bounds)
 
     def __iter__(self) -> Iterator[Batch]:
-        order: Tensor | None = None
+        order = self._chosen
         if self._shuffle:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
             # both types give the same permutation; the narrow one takes half the memory
             dtype = torch.int32 if self._rows < 2**31 else torch.int64
-            order = torch.randperm(self._rows, generator=generator, dtype=dtype)
+            permutation = torch.randperm(self._rows, generator=generator, dtype=dtype)
+            order = permutation if self._chosen is None else self._chosen[permutation]
         self.epoch += 1
         return self._batches(order)
 
@@ -152,12 +154,13 @@ class Loader(_Epochs):
             one sweep; ``None``: half of the memory that is free. The batches do not depend on it. The permutation comes on top:
             4 bytes a row (8 from 2³¹ rows).
         pin_memory: give batches in page-locked memory, for training on a GPU.
+        rows: [N] numbers of the only rows to give, in file order unless shuffled; ``None``: all.
 
     Attributes:
         epoch: number of the next epoch; counts up with every ``iter()``.
 
     Raises:
-        DataError: an argument out of range.
+        DataError: an argument out of range, a row that the split lacks, or none.
     """
 
     def __init__(
@@ -171,9 +174,15 @@ class Loader(_Epochs):
         workers: int = 1,
         memory_mb: float | None = None,
         pin_memory: bool = False,
+        rows: Tensor | None = None,
     ) -> None:
+        if rows is not None and (not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < split.num_rows):
+            raise DataError(
+                f"rows holds {len(rows)} numbers, not all between 0 and {split.num_rows - 1}; expected one row or more, "
+                "all of them in the split"
+            )
         super().__init__(
-            split.num_rows,
+            split.num_rows if rows is None else len(rows),
             _row_bytes(split),
             batch_size,
             shuffle=shuffle,
@@ -184,6 +193,7 @@ class Loader(_Epochs):
             pin_memory=pin_memory,
         )
         self._split = split
+        self._chosen = rows
 
     def _windows(self, order: Tensor | None, stop: Event, resources: ExitStack) -> Reads:
         if order is None or self._fits:

@@ -194,3 +194,24 @@ def test_bad_options(split: Split) -> None:
     for memory_mb in (0, -1, float("nan")):
         with pytest.raises(DataError, match=f"memory_mb is {memory_mb}; expected more than 0"):
             Loader(split, 5, memory_mb=memory_mb)
+
+
+@pytest.mark.parametrize("memory_mb", [None, 0.001])
+def test_only_some_rows(split: Split, memory_mb: float | None) -> None:
+    chosen = torch.arange(0, N, 3)
+    in_order = Loader(split, 10, rows=chosen, memory_mb=memory_mb)
+    assert [r for batch in orders(in_order) for r in batch] == chosen.tolist()
+    assert in_order.num_rows == len(chosen)
+    shuffled = Loader(split, 10, shuffle=True, rows=chosen, memory_mb=memory_mb)
+    first, second = ([r for batch in orders(shuffled) for r in batch] for _ in range(2))
+    assert sorted(first) == sorted(second) == chosen.tolist()
+    assert first != second
+    batch = next(iter(in_order))
+    bag = batch.sequences["bag"]
+    assert bag.offsets.diff().tolist() == [i % 5 for i in range(0, 30, 3)]
+
+
+@pytest.mark.parametrize("rows", [[], [0, N], [-1]])
+def test_rows_that_are_not_there(split: Split, rows: list[int]) -> None:
+    with pytest.raises(DataError, match=f"not all between 0 and {N - 1}; expected one row or more"):
+        Loader(split, 10, rows=torch.tensor(rows, dtype=torch.int64))
