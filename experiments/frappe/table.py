@@ -44,11 +44,11 @@ AutoInt's published runs are of FuxiCTR 1.2, whose heads are cut by a reshape wi
 """
 
 PLATEAUS = """
-Without an MLP beside them, models of products of embeddings may stop on a plateau near .94, that of logistic regression, and where
-they leave it differs from seed to seed. BARS' public tuning log shows the same: on the plateau end 6 of its 15 runs of the cross
-network alone, 12 of 25 of CIN, 26 of 36 of SAM. A published figure is the best run of such a grid: its 18 runs of AFM have a median
-of .9601 and end at .9697, its 8 of AutoInt with this L2 have a mean of .9807. What was changed for a model to leave the plateau
-stands in the notes.
+Without an MLP beside them, models of products of embeddings may stop on a plateau near .94, that of logistic regression;
+whether and when they leave it differs from seed to seed. BARS' public tuning log shows the same: on the plateau end 6 of its
+15 runs of the cross network alone, 12 of 25 of CIN, 26 of 36 of SAM. A published figure is the best run of such a grid: its
+18 runs of AFM have a median of .9602 and end at .9697, its 8 of AutoInt with this L2 have a mean of .9807. What was changed
+for a model to leave the plateau stands in the notes.
 """
 
 PARAMETERS = """
