@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -180,6 +180,40 @@ class FeatureEmbedding(Component, nn.Module):
         known_tables = [name for owner in self._tables for name in owner.first_row]
         raise ConfigError(f"the embedding has no vocabulary {table!r}{suggest(table, known_tables)}")
 
+    @torch.no_grad()
+    def take_over(
+        self, other: FeatureEmbedding, ids: Mapping[str, tuple[str, npt.NDArray[np.int32]]], closed: Collection[str]
+    ) -> None:
+        """Become what ``other`` is, where vocabularies have other ids: the same tokens of the same values.
+
+        Args:
+            other: of the same fields and widths.
+            ids: by vocabulary of this embedding, that of the other and [its size] the id here of every id there, 0 for rows
+                that are left out. Vocabularies that are not in it are the same in both.
+            closed: numbers whose token is to be a zero vector.
+        """
+        places = {name: (table, i) for table in other._tables for i, name in enumerate(table.names)}
+        for table in self._tables:
+            table.rows.weight.zero_()
+            for vocabulary, size in table.sizes.items():
+                before, new = ids.get(vocabulary, (vocabulary, np.arange(size)))
+                source = next(t for t in other._tables if before in t.sizes)
+                kept = torch.from_numpy(np.flatnonzero(new))
+                rows = torch.from_numpy(new).long()[kept] + table.first_row[vocabulary]
+                table.rows.weight[rows] = source.rows.weight[kept + source.first_row[before]]
+            if table.projection is not None:
+                for i, name in enumerate(table.names):
+                    source, at = places[name]
+                    assert source.projection is not None
+                    table.projection[i] = source.projection[at]
+        first = sum(len(table.sparse_names) for table in self._tables)
+        for numbers, others in ((self.scalars, other.scalars), (self.piecewise, other.piecewise)):
+            if numbers is not None and others is not None:
+                numbers.load_state_dict(others.state_dict())
+                names = self.out.names[first : first + len(numbers.columns)]
+                numbers.close([i for i, name in enumerate(names) if name in closed])
+                first += len(names)
+
 
 class _Table(nn.Module):
     """The rows of some vocabularies of one width, one after another; tokens are projected if the width is not D."""
@@ -228,6 +262,11 @@ class _Table(nn.Module):
         self.first_gate = {name: first.get(name, _UNGATED) for name in self.sizes}
         offsets = torch.tensor([self.first_gate[name] for name in self.sparse_tables], dtype=torch.int32)
         self.register_buffer("gate_offsets", offsets.to(self.offsets.device), persistent=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that read the table, in the order of the projections."""
+        return [*self.sparse_names, *(c.name for c in self.sequences)]
 
     def forward(self, ids_BF: Tensor) -> Tensor | None:
         if not self.sparse_names:
@@ -279,6 +318,10 @@ class _Missing(nn.Module):
         self.at: Tensor
         self.register_buffer("at", torch.tensor([i for i, m in enumerate(missing) if m], dtype=torch.int64), persistent=False)
 
+    def close(self, columns: Sequence[int]) -> None:
+        """The vectors of these columns become zero."""
+        self.vectors[torch.isin(self.at, torch.tensor(columns, dtype=torch.int64, device=self.at.device))] = 0
+
     def forward(self, token_BFD: Tensor, gone_BF: Tensor) -> Tensor:
         extra_BMD = gone_BF.index_select(1, self.at).unsqueeze(-1) * self.vectors
         return token_BFD.index_add(1, self.at, extra_BMD.to(token_BFD.dtype))
@@ -293,6 +336,12 @@ class _Scalars(nn.Module):
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         self.vectors = nn.Parameter(torch.randn(len(columns), config.dim) * config.init_std)
         self.missing = _Missing(missing, config) if any(missing) else None
+
+    def close(self, columns: Sequence[int]) -> None:
+        """The tokens of these columns become zero vectors."""
+        self.vectors[list(columns)] = 0
+        if self.missing is not None:
+            self.missing.close(columns)
 
     def forward(self, dense: Tensor) -> Tensor:
         x_BF = dense.index_select(1, self.columns)
@@ -319,6 +368,13 @@ class _Piecewise(nn.Module):
         self.weight = nn.Parameter(torch.randn(len(starts), config.dim) * config.init_std)
         self.bias = nn.Parameter(torch.zeros(len(columns), config.dim))
         self.missing = _Missing(missing, config) if any(missing) else None
+
+    def close(self, columns: Sequence[int]) -> None:
+        """The tokens of these columns become zero vectors."""
+        self.weight[torch.isin(self.owner, torch.tensor(columns, dtype=torch.int64, device=self.owner.device))] = 0
+        self.bias[list(columns)] = 0
+        if self.missing is not None:
+            self.missing.close(columns)
 
     def forward(self, dense: Tensor) -> Tensor:
         position_BF = dense.index_select(1, self.columns)

@@ -251,6 +251,7 @@ def train(
     *,
     name: str = "model",
     seed: int = 0,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and save one model.
 
@@ -261,6 +262,7 @@ def train(
         options: see :class:`DataOptions`; a store is compared with what they name, and has splits of its own.
         name: of the model, for the report.
         seed: of initial weights, dropout and the order of rows.
+        start: a ``state_dict`` of the model, from which training starts instead of random weights.
 
     Returns:
         What ``metrics.json`` holds.
@@ -281,11 +283,18 @@ def train(
             )
     device = _device(config.device)
     with new_folder(out) as part:
-        return _train(data, config, part, options, name, seed, device)
+        return _train(data, config, part, options, name, seed, device, start)
 
 
 def _train(
-    data: object, config: RunConfig, part: Path, options: DataOptions, name: str, seed: int, device: torch.device
+    data: object,
+    config: RunConfig,
+    part: Path,
+    options: DataOptions,
+    name: str,
+    seed: int,
+    device: torch.device,
+    start: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     encoder, row_counts, loader = _stream(data, options) if options.stream else _stored(data, part / "store", options)
@@ -302,6 +311,14 @@ def _train(
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
         _load_pretrained(model, encoder, field_name, file)
+    if start is not None:
+        try:
+            model.load_state_dict(start)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"the weights to start from do not fit the model {name!r} on this data ({reason:.200})"
+            ) from error
     pin = device.type == "cuda"
     loaders = {
         split: loader(split, max(config.batch_size, 8192), shuffle=False, seed=0, config=config, pin=pin)

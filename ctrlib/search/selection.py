@@ -1,7 +1,8 @@
 """What every selection method returns: fields by score, the values to keep, or what becomes of each pair of fields.
 
 A :class:`Selection` is data. It is applied in one call (:meth:`Selection.apply`, :func:`apply_to_store`), which gives a derived
-encoder or store, for re-training by :func:`ctrlib.experiment.train`.
+encoder or store, for re-training by :func:`ctrlib.experiment.train`. A model that was trained with closed gates is not trained
+again but compacted (:func:`compact`): the same function, with smaller tables.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,8 +27,9 @@ from ctrlib.config import Table, check_choice, from_json, to_json
 from ctrlib.data.encoder import Encoder, vocabulary_name
 from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import HashBuckets, Ids, Vocabulary
+from ctrlib.embedding import FeatureEmbedding
 from ctrlib.files import new_folder, sha256, write_json
-from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import Choice as Choice
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import OOV_ID, CrossField, DataError, Field, Schema, SequenceField, SparseField, suggest
@@ -79,6 +82,22 @@ class Selection:
                 that a kept cross reads, or values dropped of data with crosses, whose keys are made of ids.
         """
         return derive(self, encoder).encoder
+
+    def start(self, encoder: Encoder) -> dict[str, Tensor]:
+        """:attr:`weights` for the model that is trained with :meth:`apply`'s encoder: the rows of kept values.
+
+        To be given to :func:`ctrlib.experiment.train` as ``start``.
+
+        Raises:
+            DataError: as :meth:`apply`; or the selection has no model or weights, or drops fields, for which they do not fit.
+        """
+        if self.model is None or self.weights is None:
+            raise DataError(f"the selection of {self.method} has no weights to start from; train from scratch")
+        if _dropped(self, encoder):
+            raise DataError(f"the selection of {self.method} drops fields, and its weights are of all; train from scratch")
+        model = _built(self.model, encoder)
+        model.load_state_dict(self.weights)
+        return compact(model, self, encoder)[0].state_dict()
 
     def save(self, path: str | Path) -> None:
         """Write a new folder: ``selection.json``, and where there are any ``values.parquet`` and ``weights.safetensors``.
@@ -163,6 +182,74 @@ def apply_to_store(selection: Selection, store: Store, path: str | Path) -> Stor
     """
     derived = derive(selection, store.encoder)
     return store.derive(path, derived.encoder, derived.ids)
+
+
+def compact(model: ModelComponent, selection: Selection, encoder: Encoder) -> tuple[ModelComponent, Encoder]:
+    """The same function as a model with closed gates, with tables of the kept values only.
+
+    Closed are the values that are not kept, which then count as padding, and all of the fields that are not kept, and of
+    crosses whose pair is not memorised: their tokens are zero vectors. So the logits are those of ``model`` with these gates,
+    whatever its interaction makes of a zero vector; the fields themselves stay. Rows of hashed and ``bucket`` fields are never
+    pruned by value. The gates of what is kept must be 1.
+
+    Args:
+        model: after training, without its optimizer.
+        selection: what is kept.
+        encoder: of the data that the model was trained on.
+
+    Returns:
+        A new model on the same device, and the encoder that makes its batches.
+
+    Raises:
+        DataError: as :meth:`Selection.apply`; or a field that is not kept does not enter the model through its embedding.
+    """
+    derived = derive(selection, encoder, close=True)
+    layout, closed = derived.encoder.layout, _dropped(selection, encoder)
+    config = cast(ModelComponent.Config, model.config)
+    embeddings = {name: part for name, part in model.named_modules() if isinstance(part, FeatureEmbedding)}
+    read = {name for part in embeddings.values() for name in part.out.names}
+    wanted = config.embedding.fields
+    for name in layout.names if wanted is None else wanted:
+        if name in closed and name not in read:
+            raise DataError(
+                f"field {name!r} is not kept, but {type(model).__name__} reads it beside its embedding; apply the selection "
+                "and train again"
+            )
+    small = _built(_renamed(config, derived.owners), derived.encoder).to(next(model.parameters()).device)
+    if small.embedding.out.names != model.embedding.out.names:
+        raise DataError(
+            f"without the fields that are not kept, the tokens would change places: {', '.join(small.embedding.out.names)}; "
+            "apply the selection and train again"
+        )
+    ids: dict[str, tuple[str, Ids]] = {}
+    for name, owner in derived.owners.items():
+        same = np.arange(encoder.vocabularies[owner].size, dtype=np.int32)
+        ids[name] = owner, derived.ids.get(name, same)
+    for column in layout.sparse:
+        if column.name in closed and column.table not in ids:  # quantile bins, which have no vocabulary
+            ids[column.table] = column.table, np.zeros(column.vocab_size, np.int32)
+    for name, part in embeddings.items():
+        cast(FeatureEmbedding, small.get_submodule(name)).take_over(part, ids, closed)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in small.state_dict().items():
+            if not any(name.startswith(f"{part}.") for part in embeddings):
+                tensor.copy_(state[name])
+    return small.train(model.training), derived.encoder
+
+
+def _built(config: ModelComponent.Config, encoder: Encoder) -> ModelComponent:
+    """A model whose weights are to be replaced: no random numbers are used up."""
+    with torch.random.fork_rng(devices=[]):
+        return build_model(config, encoder.layout)
+
+
+def _renamed(config: ModelComponent.Config, owners: Mapping[str, str]) -> ModelComponent.Config:
+    """The config with what its embedding says of single vocabularies also under their new names."""
+    embedding = config.embedding
+    dims = {**embedding.dims, **{new: embedding.dims[old] for new, old in owners.items() if old in embedding.dims}}
+    frozen = dict.fromkeys([*embedding.frozen, *(new for new, old in owners.items() if old in embedding.frozen)])
+    return replace(config, embedding=replace(embedding, dims=dims, frozen=tuple(frozen)))
 
 
 @dataclass(frozen=True)
