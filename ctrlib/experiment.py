@@ -393,7 +393,7 @@ class _MakeLoader(Protocol):
 
 def _stored(data: object, scratch: Path, options: DataOptions) -> tuple[Encoder, Mapping[str, int], _MakeLoader]:
     """The encoder, rows by split, and what makes a loader of a split, by way of a store."""
-    store = _open(data, scratch, options)
+    store = open_store(data, scratch, options)
     if "train" not in store.rows:
         raise DataError(f"store {store.path} has no training rows; it has {', '.join(store.rows)}")
 
@@ -435,7 +435,7 @@ def _stream(data: object, options: DataOptions) -> tuple[Encoder, Mapping[str, i
     return encoder, {split: source.num_rows for split, source in sources.items()}, make
 
 
-def _open(data: object, scratch: Path, options: DataOptions) -> Store:
+def open_store(data: object, scratch: Path, options: DataOptions) -> Store:
     if isinstance(data, Store):
         store = data
     elif isinstance(data, str | Path) and Store.is_store(data):

@@ -6,6 +6,7 @@ P = F(F−1)/2 pairs (i, j), i < j, are ordered (0, 1), (0, 2), …, (1, 2), …
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -67,13 +68,19 @@ class Pairs(nn.Module):
 
 
 class PairProducts(nn.Module):
-    """⟨x_i, x_j⟩ of every pair: the upper triangle of x xᵀ. Shape: [B, F, D] → [B, P]."""
+    """⟨x_i, x_j⟩ of every pair: the upper triangle of x xᵀ. Shape: [B, F, D] → [B, P].
 
-    def __init__(self, num_fields: int) -> None:
+    Args:
+        num_fields: F.
+        chosen: numbers of the only pairs to give, in this order; ``None``: all.
+    """
+
+    def __init__(self, num_fields: int, chosen: Sequence[int] | None = None) -> None:
         super().__init__()
         left, right = torch.triu_indices(num_fields, num_fields, offset=1)
+        at = left * num_fields + right
         self.at: Tensor
-        self.register_buffer("at", left * num_fields + right, persistent=False)
+        self.register_buffer("at", at if chosen is None else at[list(chosen)], persistent=False)
 
     def __call__(self, x_BFD: Tensor) -> Tensor:
         return cast(Tensor, super().__call__(x_BFD))

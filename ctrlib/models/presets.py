@@ -18,6 +18,7 @@ from ctrlib.interactions.afm import AFM
 from ctrlib.interactions.afn import LogTransform
 from ctrlib.interactions.aoanet import GeneralizedInteraction
 from ctrlib.interactions.arm_net import ARMNet
+from ctrlib.interactions.auto_fis import AutoFIS
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.cin import CIN
@@ -595,6 +596,18 @@ def optinter_f(flavour: Flavour = "paper") -> OptInter.Config:
     return replace(optinter(flavour), choices="factorize")
 
 
+def auto_fm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """FM with a weight for every pair of fields, which a search closes; dim as in the authors' code for Avazu."""
+    return _ctr(flavour, AutoFIS.Config(), first_order=FirstOrder.Config(bias=True), dim=40)
+
+
+def auto_deepfm(flavour: Flavour = "paper") -> CTRModel.Config:
+    """``auto_fm`` beside an MLP; sizes as in the authors' code for Avazu."""
+    deep = MLP.Config(hidden_units=(700, 700, 700, 700, 700), norm="batch", output_dim=1)
+    interaction = Parallel.Config(streams=(AutoFIS.Config(), deep), fusion="sum")
+    return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False), dim=40)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A published model by name: how to configure it, what it is, where it comes from."""
@@ -671,6 +684,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "optinter_m": Preset(optinter_m, "every pair memorised; needs crosses in the data", "arXiv:2108.01265", ("paper",)),
     "optinter_f": Preset(optinter_f, "every pair factorised, into an MLP", "arXiv:2108.01265", ("paper",)),
+    "auto_fm": Preset(auto_fm, "FM with a gate per pair of fields", "arXiv:2003.11235", ("paper",)),
+    "auto_deepfm": Preset(auto_deepfm, "FM with a gate per pair, beside an MLP", "arXiv:2003.11235", ("paper",)),
 }
 
 COMPONENTS: Table = {
@@ -733,6 +748,7 @@ COMPONENTS: Table = {
         Destine,
         IFM,
         OptInter,
+        AutoFIS,
     )
 }
 

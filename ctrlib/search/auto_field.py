@@ -139,7 +139,7 @@ def search_auto_field(
         "epochs": epochs,
         "seconds": time.perf_counter() - started,
     }
-    return Selection(method="auto_field", encoder_hash=store.encoder.hash, fields=kept, scores=scores, report=report)
+    return Selection(method="autofield", encoder_hash=store.encoder.hash, fields=kept, scores=scores, report=report)
 
 
 class _Controller:

@@ -154,7 +154,7 @@ def permutation_scores(
 
 def gradient_scores(model: nn.Module, split: Split, layout: BatchLayout, *, batch_size: int = _BATCH_ROWS) -> dict[str, float]:
     """The first-order effect on the loss of replacing a field's token by its mean: SHARK's F-permutation (CIKM 2023,
-    doi:10.1145/3583780.3615456):
+    arXiv:2308.09395):
 
         I_f = mean_x |⟨∂L(x)/∂e_f, ē_f − e_f(x)⟩|
 

@@ -231,12 +231,13 @@ class _Smaller:
             ``None`` where a field that is not kept enters the model by another way than its embedding.
         """
         selection, encoder = self.selection, self.full.encoder
-        rows = [batch for batch in islice(Loader(self.full.split("valid"), 8192), _VERIFIED_ROWS // 8192)]
+        rows = list(islice(Loader(self.full.split("valid"), 8192), _VERIFIED_ROWS // 8192))
         if selection.values is not None:
             gated = ticket(selection, encoder)
             small, _ = compact(gated.model, selection, encoder)
             return _largest(gated, rows, small, _remapped(rows, derive(selection, encoder, close=True), encoder.layout))
-        whole = artifact.load(before).model
+        loaded = artifact.load(before)
+        whole = loaded.model
         if selection.fields is not None:
             gates = FieldGates(encoder.layout.names)
             gates.values_F[[name not in selection.fields for name in gates.names]] = 0
@@ -257,7 +258,7 @@ class _Smaller:
             return _largest(mixture, rows, chosen, Loader(self.store.split("valid"), 8192))
         block = auto_fis_block(whole)
         block.alpha_P.data[[selection.pairs[name] == "naive" for name in block.names]] = 0
-        return _largest(whole, rows, without_closed_pairs(whole, whole.config, encoder.layout), rows)
+        return _largest(whole, rows, without_closed_pairs(whole, loaded.config, encoder.layout), rows)
 
     def remove(self) -> None:
         """The rows, when nothing more is to be trained on them."""
@@ -290,7 +291,9 @@ def _claim(target: Path, settings: Mapping[str, Any]) -> None:
     wanted = json.loads(json_text(settings))
     if not path.is_file():
         if target.exists():
-            raise DataError(f"{target} exists already, and is not a selection to go on with; choose another folder, or remove it")
+            raise DataError(
+                f"{target} exists already, and is not a selection to go on with; choose another folder, or remove it"
+            )
         target.mkdir(parents=True)
         write_json(path, wanted)
     elif json.loads(path.read_text(encoding="utf-8")) != wanted:
@@ -324,8 +327,8 @@ def _kept(selection: Selection, store: Store) -> dict[str, Any]:
     if selection.fields is not None:
         found["fields"] = {"kept": len(selection.fields), "total": len(store.encoder.layout.names), "names": selection.fields}
     if selection.values is not None:
-        kept, total = (sum(int(m[1:].sum()) for m in selection.values.values()), sum(len(m) - 1 for m in selection.values.values()))
-        found["values"] = {"kept": kept, "total": total}
+        masks = list(selection.values.values())
+        found["values"] = {"kept": sum(int(m[1:].sum()) for m in masks), "total": sum(len(m) - 1 for m in masks)}
     if selection.pairs is not None:
         counts = {choice: list(selection.pairs.values()).count(choice) for choice in ("memorize", "factorize", "naive")}
         found["pairs"] = {**counts, "total": len(selection.pairs)}
@@ -342,8 +345,10 @@ def _agreement(selections: Sequence[Selection]) -> dict[str, float]:
         if a.fields is not None and b.fields is not None:
             found.setdefault("fields (Jaccard)", []).append(_jaccard(set(a.fields), set(b.fields)))
         if a.values is not None and b.values is not None:
-            masks = [np.concatenate([s.values[name] for name in a.values]) for s in (a, b) if s.values is not None]
-            found.setdefault("values (Jaccard)", []).append(float((masks[0] & masks[1]).sum() / max((masks[0] | masks[1]).sum(), 1)))
+            kept = [
+                {(name, i) for name, mask in s.values.items() for i in mask.nonzero()[0].tolist()} for s in (a, b) if s.values
+            ]
+            found.setdefault("values (Jaccard)", []).append(_jaccard(*kept))
         if a.pairs is not None and b.pairs is not None:
             same = [choice == b.pairs[name] for name, choice in a.pairs.items()]
             found.setdefault("pairs (share alike)", []).append(statistics.fmean(same))
@@ -352,7 +357,7 @@ def _agreement(selections: Sequence[Selection]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def _jaccard(a: set[str], b: set[str]) -> float:
+def _jaccard(a: set[Any], b: set[Any]) -> float:
     return len(a & b) / max(len(a | b), 1)
 
 
@@ -372,8 +377,6 @@ def _paired(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 
 def _mean_std(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else float("nan")}
-
-
 
 
 def _curve(
@@ -461,7 +464,9 @@ def table(report: Mapping[str, Any]) -> str:
     search, training = (statistics.fmean(report[f"{part}_seconds"]) for part in ("search", "train"))
     text += f"* the search took {search:.1f} s, training the model before {training:.1f} s\n"
     if report["compact_difference"] is not None:
-        text += f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}\n"
+        text += (
+            f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}\n"
+        )
     return text
 
 

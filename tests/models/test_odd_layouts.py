@@ -26,6 +26,7 @@ LAYOUTS = {
     "numbers": BatchLayout(dense=(PRICE, AGE, DenseColumn("time"))),
 }
 PAIRS = {"ipnn", "pnn", "pin", "fwfm", "fmfm", "ffm", "onn", "fibinet", "fignn", "dlrm", "afm", "destine", "destine_plus"}
+PAIRS |= {"auto_fm", "auto_deepfm"}
 DENSE_TOKENS = {"hiformer", "hetero_att", "transformer"}
 
 CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]

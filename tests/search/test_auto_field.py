@@ -92,7 +92,7 @@ def test_planted_fields(tmp_path: Path, seed: int) -> None:
 def test_every_kind_of_field_and_optimizer(data: Guarded, embedding: Any) -> None:
     optimizer = OptimizerConfig(embedding=embedding, learning_rate=0.01)
     found = run(data, optimizer=optimizer)
-    assert found.method == "auto_field"
+    assert found.method == "autofield"
     assert found.encoder_hash == data.encoder.hash
     assert set(found.scores) == {"user", "city", "price", "age", "genres"}
     assert all(0 < score < 1 for score in found.scores.values())
