@@ -344,8 +344,7 @@ class Schema:
 class SparseColumn:
     """One column of ``Batch.sparse``. Ids run from 0 (padding) and 1 (OOV) to ``vocab_size`` − 1.
 
-    ``table`` names the vocabulary: columns with the same one share embedding rows. ``parts`` are the two fields whose cross the
-    column is; ``None``: it is no cross.
+    ``table`` names the vocabulary: columns with the same one share embedding rows. ``parts``: of a cross, its two fields.
     """
 
     name: str

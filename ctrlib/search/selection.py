@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ctrlib.config import check_choice
 from ctrlib.models.ctr import ModelComponent
-from ctrlib.models.optinter import Choice as Choice
+
+Choice = Literal["memorize", "factorize", "naive"]
 
 
 @dataclass(frozen=True, kw_only=True)
