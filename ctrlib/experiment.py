@@ -436,6 +436,16 @@ def _stream(data: object, options: DataOptions) -> tuple[Encoder, Mapping[str, i
 
 
 def open_store(data: object, scratch: Path, options: DataOptions) -> Store:
+    """The store that ``data`` is, or a new one of raw rows.
+
+    Args:
+        data: see :func:`train`.
+        scratch: folder of the new store.
+        options: how raw rows become a store; a store is compared with what they name, and has splits of its own.
+
+    Raises:
+        DataError: a store made with other options; see also :func:`prepare`.
+    """
     if isinstance(data, Store):
         store = data
     elif isinstance(data, str | Path) and Store.is_store(data):

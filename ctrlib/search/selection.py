@@ -10,14 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-<<<<<<< HEAD
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
-=======
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
->>>>>>> 1a5d898535fb2e0f3ce0b632a5f0f624a5f5cbe9
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-<<<<<<< HEAD
 from ctrlib.config import Table, check_choice, from_json, to_json
 from ctrlib.data.encoder import Encoder, vocabulary_name
 from ctrlib.data.store import Store
@@ -43,12 +37,6 @@ from ctrlib.schema import OOV_ID, CrossField, DataError, Field, Schema, Sequence
 Mask = npt.NDArray[np.bool_]
 
 _FORMAT = 1
-=======
-from ctrlib.config import check_choice
-from ctrlib.models.ctr import ModelComponent
-
-Choice = Literal["memorize", "factorize", "naive"]
->>>>>>> 1a5d898535fb2e0f3ce0b632a5f0f624a5f5cbe9
 
 
 @dataclass(frozen=True, kw_only=True)
