@@ -16,6 +16,8 @@ from ctrlib.data.split import SplitBy
 from ctrlib.files import json_text
 from ctrlib.models.presets import PRESETS
 from ctrlib.schema import DataError
+from ctrlib.search import select as selecting
+from ctrlib.search.select import METHODS
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +36,15 @@ Group = Annotated[str | None, typer.Option(help="Column that groups rows for GAU
 Time = Annotated[str | None, typer.Option(help="Time column, for the split.")]
 Weight = Annotated[str | None, typer.Option(help="Column of row weights.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist.")]
+Crosses = Annotated[
+    int | None,
+    typer.Option("--cross-min-count", help="Cross every two fields of categories; value pairs seen fewer times are OOV."),
+]
+Flavour = Annotated[str, typer.Option(help="paper, fuxictr or official.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="path.to.option=value, e.g. fit.optimizer.learning_rate=3e-4; repeat.")
+]
+Epochs = Annotated[int | None, typer.Option(help="At most this many epochs.")]
 Seed = Annotated[int, typer.Option(help="Seed of initial weights, dropout, row order and random splits.")]
 
 
@@ -60,6 +71,7 @@ def _data_options(
     weight: str | None,
     seed: int,
     stream: bool = False,
+    crosses: int | None = None,
 ) -> experiment.DataOptions:
     ways: dict[str, SplitBy] = {"auto": "auto", "time": "time", "random": "random", "order": "order"}
     if split not in ways:
@@ -80,7 +92,19 @@ def _data_options(
         weight=weight,
         seed=seed,
         stream=stream,
+        cross_min_count=crosses,
     )
+
+
+def _assignments(option: str, items: list[str] | None) -> dict[str, str]:
+    """``["a=1", "b=2"]`` by name."""
+    found: dict[str, str] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {item!r} has no '='; expected name=value")
+        found[name.strip()] = value.strip()
+    return found
 
 
 @app.command()
@@ -113,10 +137,11 @@ def prepare(
     group: Group = None,
     time: Time = None,
     weight: Weight = None,
+    crosses: Crosses = None,
     seed: Seed = 0,
 ) -> None:
     """Encode raw data once into a store that `train` reads."""
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, crosses=crosses)
     store = experiment.prepare(data, out, options)
     for name, rows in store.rows.items():
         print(f"{name:<6} {rows:>12,} rows")
@@ -139,28 +164,77 @@ def train(
     group: Group = None,
     time: Time = None,
     weight: Weight = None,
-    flavour: Annotated[str, typer.Option(help="paper, fuxictr or official.")] = "paper",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="path.to.option=value, e.g. fit.optimizer.learning_rate=3e-4; repeat.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="At most this many epochs.")] = None,
+    flavour: Flavour = "paper",
+    set_: Settings = None,
+    epochs: Epochs = None,
     stream: Annotated[bool, typer.Option("--stream", help="Encode while training instead of writing a store first.")] = False,
+    crosses: Crosses = None,
     seed: Seed = 0,
 ) -> None:
     """Train, evaluate and save one model."""
-    assignments: dict[str, str] = {}
-    for item in set_ or []:
-        path, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item!r} has no '='; expected path.to.option=value")
-        assignments[path.strip()] = value.strip()
-    config = experiment.configure(model, flavour, assignments, epochs)
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream)
+    config = experiment.configure(model, flavour, _assignments("--set", set_), epochs)
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream, crosses)
     report = experiment.train(data, config, out, options, name=model, seed=seed)
     _print_report(report)
     print(f"saved to {out} (artifact, config.json, history.jsonl, metrics.json)")
     if report["interrupted"]:
         sys.exit(130)
+
+
+@app.command()
+def select(
+    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
+    method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".")],
+    model: Annotated[str, typer.Option(help="A name from `ctrlib models`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an interrupted selection goes on where it stopped.")],
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    crosses: Crosses = None,
+    flavour: Flavour = "paper",
+    set_: Settings = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="name=value of the method, e.g. penalty=1e-4; repeat.")
+    ] = None,
+    top: Annotated[
+        str | None, typer.Option(help="Fields to keep, for methods that rank them: a number, or a share such as 0.5.")
+    ] = None,
+    epochs: Epochs = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds: of the search, and of the models before and after.")] = 3,
+    curve: Annotated[bool, typer.Option(help="Also train models of other sizes and draw AUC against size.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Find the fields, values or pairs of fields that a model needs, and re-train it with these."""
+    config = experiment.configure(model, flavour, _assignments("--set", set_), epochs)
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, crosses=crosses)
+    report = selecting.select(
+        data,
+        config,
+        out,
+        options,
+        method=method,
+        top=None if top is None else _top(top),
+        settings=_assignments("--option", option),
+        name=model,
+        seeds=seeds,
+        first_seed=seed,
+        curve=curve,
+    )
+    print(selecting.table(report), end="")
+    print(f"\nsaved to {out} (selection/, before/, after/, report.json, report.md{', curve.png' if curve else ''})")
+
+
+def _top(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise ConfigError(f"--top is {text!r}; expected a number of fields such as 20, or a share such as 0.5") from error
 
 
 @app.command()

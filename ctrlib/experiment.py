@@ -122,6 +122,8 @@ class DataOptions:
         group, time, weight: columns, for an inferred schema.
         seed: of a random split.
         stream: :func:`train` encodes while it trains instead of writing a store first: the same batches, less disk, more time.
+        cross_min_count: add the cross of every two fields of categories (:meth:`.Schema.with_crosses`), whose pairs of values
+            seen fewer times are OOV; ``None``: no crosses but those of the schema.
         cross_memory_mb: what crosses may take, see :meth:`.Encoder.fit`.
     """
 
@@ -136,10 +138,13 @@ class DataOptions:
     weight: str | None = None
     seed: int = 0
     stream: bool = False
+    cross_min_count: int | None = None
     cross_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.cross_min_count is not None:
+            positive("cross_min_count", self.cross_min_count)
         if self.cross_memory_mb is not None:
             positive("cross_memory_mb", self.cross_memory_mb)
 
@@ -219,6 +224,8 @@ def _fit_encoder(data: object, options: DataOptions) -> tuple[Encoder, dict[str,
         shares = {name: options.shares[name] / total for name in cut}
         parts = split_rows(table, shares, by=options.split, time=schema.time if schema else options.time, seed=options.seed)
     schema = schema or _inferred_schema(parts["train"], options)
+    if options.cross_min_count is not None:
+        schema = schema.with_crosses(min_count=options.cross_min_count)
     for source in given.values():
         _require(source, schema)
     encoder = Encoder.fit(schema, parts["train"], cross_memory_mb=options.cross_memory_mb)

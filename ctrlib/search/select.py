@@ -149,7 +149,8 @@ def select(
     plot = _pyplot() if curve else None
     target = Path(out)
     _claim(target, {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config)})
-    store = open_store(data, target / "store", options or DataOptions())
+    prepared = target / "store"
+    store = Store.open(prepared) if Store.is_store(prepared) else open_store(data, prepared, options or DataOptions())
     if "valid" not in store.rows or "test" not in store.rows:
         raise DataError(f"selection needs training, validation and test rows; store {store.path} has {', '.join(store.rows)}")
     settled = config.for_rows(store.rows["train"])
