@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
     from ctrlib.schema import CrossField, DataError, DenseField, Schema, SequenceField, SparseField
+    from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 
 _MODULES = {
@@ -36,6 +37,7 @@ _MODULES = {
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
     "schema": ("CrossField", "DataError", "DenseField", "Schema", "SequenceField", "SparseField"),
+    "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
 }
 
@@ -56,11 +58,14 @@ __all__ = [
     "Output",
     "RunConfig",
     "Schema",
+    "Selection",
     "SequenceField",
     "SparseField",
     "Store",
     "StreamLoader",
+    "apply_to_store",
     "build_model",
+    "compact",
     "configure",
     "demo",
     "evaluate",

@@ -7,12 +7,13 @@ what is seen.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from os import cpu_count
-from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ VALUE_BYTES = 4 * 4 * 16 + 28
 in float32; key, count and index of the vocabulary. :func:`ctrlib.memory.cross_memory` knows the real width and optimizer."""
 
 _COUNT_BYTES = 100  # of a distinct key while it is counted
+_SMALLEST_PART = 1 << 16  # keys that are counted in one pass, however low the limit
 _NONE = -1  # the key of a pair that has no id of its own
 
 
@@ -89,23 +91,17 @@ def fit_crosses(
     if not counted:
         return vocabularies
     counted.sort(key=lambda c: -most_values(c, sizes, rows))
-    used = {name: at for at, name in enumerate(sorted({name for c in counted for name in c.of}))}
-    at = [next(i for i, c in enumerate(columns) if c.name == name) for name in used]
+    used = {name for c in counted for name in c.of}
     threads = min(cpu_count() or 1, len(counted)) if rows > BLOCK_ROWS else 1
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ctrlib-")))
-        ids = np.memmap(folder / "ids.bin", np.int32, "w+", shape=(len(used), rows))
-        done = 0
-        for block in blocks:
-            ids[:, done : done + len(block)] = block[:, at].T
-            done += len(block)
+        ids = _spill([(i, c.name) for i, c in enumerate(columns) if c.name in used], blocks, stack)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         bar = stack.enter_context(track("count crosses", len(counted), "crosses"))
 
         def fit(cross: CrossField) -> Vocabulary:
-            first, second = (ids[used[name]] for name in cross.of)
+            first, second = (ids[name] for name in cross.of)
             seen = min(_most_pairs(cross, sizes), rows)
-            parts = max(1, -(-seen * _COUNT_BYTES * threads // int(limit)))
+            parts = math.ceil(max(seen, 1) / max(limit / (_COUNT_BYTES * threads), _SMALLEST_PART))
             return _fit_cross(cross, first, second, sizes[cross.of[1]], parts)
 
         for start in range(0, len(counted), threads):
@@ -114,6 +110,25 @@ def fit_crosses(
             _check_limit(crosses, vocabularies, limit)
             bar.advance(len(some))
     return vocabularies
+
+
+def _spill(columns: Sequence[tuple[int, str]], blocks: Iterable[Ids], stack: ExitStack) -> dict[str, Ids]:
+    """Columns by name, mapped from temporary files that go with ``stack``."""
+    files: dict[str, IO[bytes]] = {}
+    try:
+        for _, name in columns:
+            files[name] = stack.enter_context(tempfile.TemporaryFile(prefix="ctrlib-"))  # noqa: SIM115 — the stack closes it
+        for block in blocks:
+            for i, name in columns:
+                files[name].write(np.ascontiguousarray(block[:, i]).data)
+        for file in files.values():
+            file.flush()
+    except OSError as error:
+        raise DataError(
+            f"counting crosses needs room in {tempfile.gettempdir()} for 4 bytes a row and crossed field, which cannot be "
+            f"written ({error.strerror}); free some space, or name another folder in the environment variable TMPDIR"
+        ) from error
+    return {name: np.memmap(file, np.int32, "r") for name, file in files.items()}
 
 
 def _fit_cross(cross: CrossField, first: Ids, second: Ids, second_size: int, parts: int) -> Vocabulary:

@@ -108,10 +108,8 @@ class Selection:
         with new_folder(path) as part:
             files: list[str] = []
             if self.values is not None:
-                kept = pa.array([mask.tolist() for mask in self.values.values()], pa.list_(pa.bool_()))
-                table = pa.table({"vocabulary": pa.array(list(self.values), pa.string()), "kept": kept})
                 files.append("values.parquet")
-                pq.write_table(table, part / files[-1], compression="zstd")
+                pq.write_table(_as_table(self.values), part / files[-1], compression="zstd")
             if self.weights is not None:
                 files.append("weights.safetensors")
                 save_file({n: w.detach().cpu().contiguous() for n, w in self.weights.items()}, part / files[-1])
@@ -152,8 +150,7 @@ class Selection:
                     raise DataError(f"selection file {folder / name} is missing or damaged; copy the selection again")
             values = weights = None
             if "values.parquet" in data["files"]:
-                read = pq.read_table(folder / "values.parquet").to_pydict()
-                values = {name: np.array(kept, bool) for name, kept in zip(read["vocabulary"], read["kept"], strict=True)}
+                values = _from_table(pq.read_table(folder / "values.parquet"))
             if "weights.safetensors" in data["files"]:
                 weights = load_file(folder / "weights.safetensors")
             model = data["model"]
@@ -172,6 +169,21 @@ class Selection:
             raise
         except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, pa.ArrowInvalid, SafetensorError) as error:
             raise DataError(f"selection {folder} is damaged ({error!r}); copy it again, or search again") from error
+
+
+def _as_table(values: Mapping[str, Mask]) -> Any:
+    """One row a vocabulary: its name, and a list of booleans."""
+    offsets = np.cumsum([0, *(len(mask) for mask in values.values())])
+    flags = np.concatenate([np.zeros(0, bool), *values.values()])
+    kept = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flags, pa.bool_()))
+    return pa.table({"vocabulary": pa.array(list(values), pa.string()), "kept": kept})
+
+
+def _from_table(table: Any) -> dict[str, Mask]:
+    return {
+        name: kept.values.to_numpy(zero_copy_only=False)
+        for name, kept in zip(table["vocabulary"].to_pylist(), table["kept"], strict=True)
+    }
 
 
 def apply_to_store(selection: Selection, store: Store, path: str | Path) -> Store:

@@ -89,7 +89,8 @@ def test_each_cross_reads_its_own_vocabulary() -> None:
 def test_against_a_loop_over_rows(min_count: int, max_size: int | None, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crosses, "BLOCK_ROWS", 300)
     if parts > 1:  # so much memory a key that they have to be counted in several parts
-        monkeypatch.setattr(crosses, "_COUNT_BYTES", 2000)
+        monkeypatch.setattr(crosses, "_COUNT_BYTES", 5000)
+        monkeypatch.setattr(crosses, "_SMALLEST_PART", 1)
     schema = Schema(
         fields=(
             CrossField(name="first", of=("b", "a"), min_count=min_count, max_size=max_size),  # before what it crosses
@@ -272,11 +273,20 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DataError, match=r"counting crosses needs room in .*missing.*name another folder in .* TMPDIR"):
+        Encoder.fit(ABC.with_crosses(), random_rows(50))
+
+
 def test_a_cross_without_any_frequent_pair_has_its_oov_only() -> None:
     encoder = Encoder.fit(ABC.with_crosses(min_count=99), random_rows(50))
     assert {c.vocab_size for c in encoder.layout.sparse if c.parts} == {2}
     assert isinstance(encoder.vocabularies["a*b"], Vocabulary)
     assert set(encoder.transform(random_rows(50)).sparse[:, 3:].flatten().tolist()) == {1}
+    rare = Schema(fields=(SparseField(name="a", min_count=99), SparseField(name="c")), labels=("y",))
+    of_nothing = Encoder.fit(rare.with_crosses(), random_rows(50))
+    assert [c.vocab_size for c in of_nothing.layout.sparse if c.name != "c"] == [2, 2]
 
 
 def test_ids_of_raw_values_of_a_cross_are_refused() -> None:
