@@ -229,6 +229,7 @@ def _search(method: str, options: Any, store: Store, config: RunConfig, target: 
         return Selection.load(folder)
     _log.info("%s, seed %d: search", method, seed)
     selection = METHODS[method].search(config.model, store, options, config, seed)
+    selection.apply(store.encoder)  # what cannot be applied is not to be found out after further training
     selection.save(folder)
     return selection
 
