@@ -89,8 +89,13 @@ def _alive(process: int) -> bool:
 
 def write_json(path: Path, data: object) -> None:
     """Write strict JSON (see :func:`finite`) under a temporary name, then rename."""
+    write_text(path, json_text(data) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text under a temporary name, then rename."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json_text(data) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

@@ -380,3 +380,26 @@ def test_a_terminated_run_leaves_nothing_that_looks_like_a_run(data: Path, tmp_p
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
     assert not (tmp_path / "run").exists()
+
+
+def test_select(call: Call, data: Path, tmp_path: Path) -> None:
+    words = ["select", data / "train.parquet", "--model", "dnn", *given(data), *settings(), "--epochs", 1, "--seeds", 2]
+    chosen = ["--method", "outrank", "--top", "0.5", "--option", "num_bins=8"]
+    code, out, err = call(*words, *chosen, "--no-curve", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert out.startswith((tmp_path / "run" / "report.md").read_text())
+    assert "\n* seed 1: 3 of 5 fields (" in out
+    assert f"saved to {tmp_path / 'run'} (selection/, before/, after/, report.json, report.md)" in out
+    settled = json.loads((tmp_path / "run" / "select.json").read_text())
+    assert (settled["options"]["top"], settled["options"]["num_bins"]) == (0.5, 8)
+    kept = json.loads((tmp_path / "run" / "report.json").read_text())["kept"][0]["fields"]["names"]
+    assert artifact.load(tmp_path / "run" / "after" / "seed-0").encoder.layout.names == tuple(kept)
+    for changed, message in (
+        (["--method", "outrnk"], "no selection method 'outrnk'; did you mean 'outrank'?"),
+        (["--method", "outrank", "--top", "half"], "--top is 'half'; expected a number of fields such as 20, or a share"),
+        (["--method", "outrank", "--top", "9"], "top is 9, but the data has 5 fields"),
+        (["--method", "gbdt"], "gbdt ranks the fields; say how many to keep"),
+        (["--method", "outrank", "--option", "num_bins"], "--option 'num_bins' has no '='"),
+        (["--method", "outrank", "--seeds", "0"], "seeds is 0"),
+    ):
+        refused(call, tmp_path, [*words, "--no-curve", *changed], re.escape(message))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +24,7 @@ from ctrlib.config import ConfigError, override, positive, to_json
 from ctrlib.data.loader import Loader
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, open_store, train
-from ctrlib.files import json_text, write_json
+from ctrlib.files import json_text, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import OptInter
 from ctrlib.models.presets import COMPONENTS
@@ -47,7 +49,10 @@ from ctrlib.training import predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 _VERIFIED_ROWS = 4 * 8192
-_SHARES = (0.25, 0.5, 0.75)  # of the fields, in the curve
+# what the curve shows beside the selection itself
+_SHARES = (0.25, 0.5, 0.75)  # of the fields
+_STRENGTHS = (0.1, 0.3, 3.0)  # of a penalty, times its own
+_ALIKE: tuple[Choice, ...] = ("factorize", "naive")  # of every pair
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,16 @@ def select(
 ) -> dict[str, Any]:
     """Train a model, select with it, re-train what is kept, and compare; with every seed from the start.
 
-    What is there already at ``out`` is not done again, so that the same call goes on where another was interrupted.
+    What is finished at ``out`` is not done again: the same call goes on where another was interrupted, and with more ``seeds``
+    adds to it. Searches and choices read training rows, and validation rows where the method says so; test rows only make the
+    metrics of the runs.
 
     Args:
-        data: raw rows, or a store; see :func:`ctrlib.experiment.train`.
+        data: raw rows, or a store; see :func:`ctrlib.experiment.train`. Raw rows are encoded once, as ``store/`` of ``out``.
         config: of the model and of its training, before and after.
-        out: folder: ``before/`` and ``after/`` with a run for every seed, ``selection/`` with what was kept, ``report.json``,
-            ``report.md``, and with ``curve`` also ``curve.json`` and ``curve.png``.
+        out: folder: ``before/`` and ``after/`` with a run for every seed, ``selection/`` with what was kept, ``verified/`` with
+            how exactly the small model does the same as the gated one, ``report.json``, ``report.md``, and with ``curve`` also
+            ``curve.json`` and ``curve.png``.
         options: see :class:`~ctrlib.experiment.DataOptions`.
         method, top, settings: see :func:`method_options`.
         name: of the model, for the report.
@@ -141,38 +149,38 @@ def select(
         What ``report.json`` holds.
 
     Raises:
-        ConfigError: an unknown method or option, or one that does not fit the model; a folder of another selection.
-        DataError: see :func:`ctrlib.experiment.train`; nothing is kept.
+        ConfigError: an unknown method or option, or one that does not fit the model; nothing would be kept; ``out`` holds a
+            selection with other settings or of other data; no matplotlib.
+        DataError: see :func:`ctrlib.experiment.train`; ``out`` is there and no selection; a split is missing.
+
+    After an error nothing is at ``out``, unless the search of a seed was finished there.
     """
     chosen = method_options(method, top, settings)
     positive("seeds", seeds)
     plot = _pyplot() if curve else None
     target = Path(out)
     _claim(target, {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config)})
-    prepared = target / "store"
-    store = Store.open(prepared) if Store.is_store(prepared) else open_store(data, prepared, options or DataOptions())
-    if "valid" not in store.rows or "test" not in store.rows:
-        raise DataError(f"selection needs training, validation and test rows; store {store.path} has {', '.join(store.rows)}")
-    settled = config.for_rows(store.rows["train"])
+    try:
+        store = _three_splits(data, target, options or DataOptions())
+        settled = config.for_rows(store.rows["train"])
+        first = _search(method, chosen, store, settled, target, first_seed)
+    except (ConfigError, DataError):
+        if not (target / "selection").is_dir():
+            shutil.rmtree(target)
+        raise
     full = replace(settled, model=_unselected(config.model))
-
     seed_list = range(first_seed, first_seed + seeds)
     selections: list[Selection] = []
     before: list[dict[str, Any]] = []
     after: list[dict[str, Any]] = []
     differences: list[float | None] = []
     for seed in seed_list:
-        before.append(_run(store, full, target / "before" / f"seed-{seed}", name, seed))
-        folder = target / "selection" / f"seed-{seed}"
-        if folder.is_dir():
-            selection = Selection.load(folder)
-        else:
-            _log.info("%s, seed %d: search", method, seed)
-            selection = METHODS[method].search(config.model, store, chosen, settled, seed)
-            selection.save(folder)
+        selection = first if seed == first_seed else _search(method, chosen, store, settled, target, seed)
+        folder = target / "before" / f"seed-{seed}"
         selections.append(selection)
-        smaller = _Smaller(selection, store, target / "kept" / f"seed-{seed}")
-        differences.append(smaller.difference(target / "before" / f"seed-{seed}"))
+        before.append(_run(store, full, folder, name, seed))
+        smaller = _Smaller(selection, store, target / f"kept-{seed}")
+        differences.append(_verified(target / "verified" / f"seed-{seed}.json", smaller, folder))
         after.append(smaller.train(settled, target / "after" / f"seed-{seed}", name, seed))
         smaller.remove()
 
@@ -192,7 +200,7 @@ def select(
         "compact_difference": None if None in differences else max(d for d in differences if d is not None),
     }
     write_json(target / "report.json", report)
-    (target / "report.md").write_text(table(report), encoding="utf-8")
+    write_text(target / "report.md", table(report))
     if plot is not None:
         points = list(_curve(method, chosen, selections[0], store, settled, target, name, first_seed))
         points += [_point("before", before[0]), _point("after", after[0])]
@@ -201,25 +209,55 @@ def select(
     return report
 
 
+def _three_splits(data: object, target: Path, options: DataOptions) -> Store:
+    """The store to select on, which is the same one whenever the selection goes on."""
+    prepared = target / "store"
+    store = Store.open(prepared) if Store.is_store(prepared) else open_store(data, prepared, options)
+    missing = [split for split in ("train", "valid", "test") if split not in store.rows]
+    if missing:
+        raise DataError(f"selection needs training, validation and test rows; store {store.path} has no {', '.join(missing)}")
+    _same(
+        target / "data.json", {"encoder": store.encoder.hash, "rows": store.rows}, f"{target} holds a selection on other data"
+    )
+    return store
+
+
+def _search(method: str, options: Any, store: Store, config: RunConfig, target: Path, seed: int) -> Selection:
+    """What one seed keeps: searched for, unless that is done."""
+    folder = target / "selection" / f"seed-{seed}"
+    if folder.is_dir():
+        return Selection.load(folder)
+    _log.info("%s, seed %d: search", method, seed)
+    selection = METHODS[method].search(config.model, store, options, config, seed)
+    selection.apply(store.encoder)  # what cannot be applied is not to be found out after further training
+    selection.save(folder)
+    return selection
+
+
 class _Smaller:
-    """What a selection leaves: the rows of a store as they are encoded then, and a model of them."""
+    """What a selection leaves: the rows of a store as they are encoded then, and a model of them.
+
+    Args:
+        selection: of ``store``.
+        store: all rows with all that they hold.
+        path: folder of the derived rows, written when they are first needed.
+    """
 
     def __init__(self, selection: Selection, store: Store, path: Path) -> None:
-        self.selection, self.full = selection, store
-        self.store = Store.open(path) if Store.is_store(path) else apply_to_store(selection, store, path)
+        self.selection, self.full, self.path = selection, store, path
+
+    def rows(self) -> Store:
+        """The rows of the store as :meth:`.Selection.apply` encodes them."""
+        return Store.open(self.path) if Store.is_store(self.path) else apply_to_store(self.selection, self.full, self.path)
 
     def train(self, config: RunConfig, out: Path, name: str, seed: int) -> dict[str, Any]:
-        """Train it, from the selection's weights if there are any."""
-        return _run(self.store, replace(config, model=self.selection.model or config.model), out, name, seed, self._start())
-
-    def _start(self) -> Mapping[str, Tensor] | None:
-        if self.selection.weights is None:
-            return None
-        assert self.selection.model is not None
-        model = build_model(self.selection.model, self.full.encoder.layout)
-        model.load_state_dict(dict(self.selection.weights))
-        small, _ = compact(model, self.selection, self.full.encoder)
-        return small.state_dict()
+        """The report of a run, from the selection's weights if there are any, unless it is there."""
+        done = _finished(out)
+        if done is not None:
+            return done
+        chosen = self.selection
+        start = None if chosen.weights is None else chosen.start(self.full.encoder)
+        return _run(self.rows(), replace(config, model=chosen.model or config.model), out, name, seed, start)
 
     def difference(self, before: Path) -> float | None:
         """The largest difference between logits of validation rows: of the whole model behind closed gates, and of the small
@@ -256,14 +294,24 @@ class _Smaller:
             assert isinstance(mixture, OptInter)
             mixture.fix(selection.pairs)
             chosen, _ = compact_optinter(mixture, encoder.layout)
-            return _largest(mixture, rows, chosen, Loader(self.store.split("valid"), 8192))
+            return _largest(mixture, rows, chosen, islice(Loader(self.rows().split("valid"), 8192), len(rows)))
         block = auto_fis_block(whole)
         block.alpha_P.data[[selection.pairs[name] == "naive" for name in block.names]] = 0
         return _largest(whole, rows, without_closed_pairs(whole, loaded.config, encoder.layout), rows)
 
     def remove(self) -> None:
-        """The rows, when nothing more is to be trained on them."""
-        shutil.rmtree(self.store.path)
+        """The derived rows, when nothing more is to be trained on them."""
+        if Store.is_store(self.path):
+            shutil.rmtree(self.path)
+
+
+def _verified(path: Path, smaller: _Smaller, before: Path) -> float | None:
+    """:meth:`_Smaller.difference`, computed unless it is there."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"difference": smaller.difference(before)})
+    found: float | None = json.loads(path.read_text(encoding="utf-8"))["difference"]
+    return found
 
 
 def _remapped(batches: Sequence[Batch], derived: Derived, layout: BatchLayout) -> Iterator[Batch]:
@@ -283,22 +331,27 @@ def _remapped(batches: Sequence[Batch], derived: Derived, layout: BatchLayout) -
 def _largest(a: nn.Module, rows_a: Iterable[Batch], b: nn.Module, rows_b: Iterable[Batch]) -> float:
     first = predict(a, rows_a).logits
     second = predict(b, rows_b).logits
-    return float(np.abs(first - second[: len(first)]).max())
+    return float(np.abs(first - second).max())
 
 
 def _claim(target: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder, or see that what is in it is of this very selection."""
     path = target / "select.json"
-    wanted = json.loads(json_text(settings))
     if not path.is_file():
         if target.exists():
             raise DataError(
                 f"{target} exists already, and is not a selection to go on with; choose another folder, or remove it"
             )
         target.mkdir(parents=True)
+    _same(path, settings, f"{target} holds a selection with other settings")
+
+
+def _same(path: Path, wanted: Mapping[str, Any], otherwise: str) -> None:
+    """Write down what a selection is of, or see that it is what was written down."""
+    if not path.is_file():
         write_json(path, wanted)
-    elif json.loads(path.read_text(encoding="utf-8")) != wanted:
-        raise ConfigError(f"{target} holds a selection with other settings (see {path}); choose another folder, or remove it")
+    elif json.loads(path.read_text(encoding="utf-8")) != json.loads(json_text(wanted)):
+        raise ConfigError(f"{otherwise} (see {path}); choose another folder, or remove it")
 
 
 def _unselected(model: ModelComponent.Config) -> ModelComponent.Config:
@@ -312,13 +365,21 @@ def _run(
     store: Store, config: RunConfig, out: Path, name: str, seed: int, start: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """The report of a run, which is trained unless it is there."""
-    if (out / "metrics.json").is_file():
-        done: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    done = _finished(out)
+    if done is not None:
         return done
     report = train(store, config, out, name=name, seed=seed, start=start)
     if report["interrupted"]:  # it is not what the others are compared with
         shutil.rmtree(out)
         raise KeyboardInterrupt
+    return report
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    """The report of a run that is there."""
+    if not (run / "metrics.json").is_file():
+        return None
+    report: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     return report
 
 
@@ -383,14 +444,18 @@ def _mean_std(values: Sequence[float]) -> dict[str, float]:
 def _curve(
     method: str, options: Any, selection: Selection, store: Store, config: RunConfig, target: Path, name: str, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Points of models of other sizes."""
+    """Points of models of other sizes; without those of which nothing is left, or nothing that fits together."""
     for label, other in _variants(method, options, selection, store, config, seed):
-        folder = target / "curve" / label.replace(" ", "-")
+        folder = target / "curve" / f"seed-{seed}" / label.replace(" ", "-").replace("×", "x")
         if (folder / "point.json").is_file():
             yield json.loads((folder / "point.json").read_text(encoding="utf-8"))
             continue
-        smaller = _Smaller(other, store, folder / "store")
-        point = _point(label, smaller.train(config, folder / "run", name, seed))
+        try:
+            smaller = _Smaller(other(), store, folder / "store")
+            point = _point(label, smaller.train(config, folder / "run", name, seed))
+        except (ConfigError, DataError) as error:
+            _log.info("%s is not in the curve: %s", label, error)
+            continue
         write_json(folder / "point.json", point)
         smaller.remove()
         shutil.rmtree(folder / "run")
@@ -399,25 +464,29 @@ def _curve(
 
 def _variants(
     method: str, options: Any, selection: Selection, store: Store, config: RunConfig, seed: int
-) -> Iterator[tuple[str, Selection]]:
-    """Selections of other sizes, each with a name."""
+) -> Iterator[tuple[str, Callable[[], Selection]]]:
+    """Selections of other sizes: a name, and how to find each."""
     if METHODS[method].keeps == "fields":
         for share in _SHARES:
-            kept = best_fields(store.encoder.schema, selection.scores, share)
-            yield f"{share:.0%} of the fields", replace(selection, fields=kept)
-    elif isinstance(selection.model, OptInter.Config) and selection.pairs is not None:
-        alike: tuple[Choice, ...] = ("factorize", "naive")
-        for choice in alike:
-            model = replace(selection.model, choices=choice)
-            yield f"all {choice}", replace(selection, pairs=dict.fromkeys(selection.pairs, choice), model=model)
+            yield f"{share:.0%} of the fields", partial(_best, selection, store, share)
+    elif isinstance(selection.model, OptInter.Config):
+        for choice in _ALIKE:
+            yield f"all {choice}", partial(_all_alike, selection, choice)
     else:
         strength = {"optfs": "penalty", "autofis": "c"}[method]
-        for factor in (0.1, 0.3, 3.0):
+        for factor in _STRENGTHS:
             changed = replace(options, **{strength: getattr(options, strength) * factor})
-            try:
-                yield f"{strength} × {factor:g}", METHODS[method].search(config.model, store, changed, config, seed)
-            except ConfigError as error:  # nothing is kept
-                _log.info("%s × %g: %s", strength, factor, error)
+            yield f"{strength} × {factor:g}", partial(METHODS[method].search, config.model, store, changed, config, seed)
+
+
+def _best(selection: Selection, store: Store, share: float) -> Selection:
+    return replace(selection, fields=best_fields(store.encoder.schema, selection.scores, share))
+
+
+def _all_alike(selection: Selection, choice: Choice) -> Selection:
+    assert isinstance(selection.model, OptInter.Config)
+    pairs = dict.fromkeys(selection.pairs or {}, choice)
+    return replace(selection, pairs=pairs, model=replace(selection.model, choices=choice))
 
 
 def _point(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -486,4 +555,5 @@ def kept_line(kept: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['mean']:{sign}.5f} ± {value['std']:.5f}"
+    spread = "" if math.isnan(value["std"]) else f" ± {value['std']:.5f}"  # of a single seed there is none
+    return f"{value['mean']:{sign}.5f}{spread}"

@@ -42,10 +42,10 @@ def make(
     return _guarded(folder, schema, tables, allowed)
 
 
-def click_store(folder: Path, allowed: tuple[str, ...] = ("train",)) -> Guarded:
+def click_store(folder: Path, allowed: tuple[str, ...] = ("train",), schema: Schema = SCHEMA) -> Guarded:
     """:func:`tests.clicks.clicks`, with every kind of field."""
     tables = {name: clicks(rows, seed) for seed, (name, rows) in enumerate((("train", 2000), ("valid", 500), ("test", 500)))}
-    return _guarded(folder, SCHEMA, tables, allowed)
+    return _guarded(folder, schema, tables, allowed)
 
 
 def _guarded(folder: Path, schema: Schema, tables: Mapping[str, Any], allowed: tuple[str, ...]) -> Guarded:
