@@ -38,10 +38,15 @@ class Case:
     model: str = "dnn"
     top: Top | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 256
+
+    @property
+    def run(self) -> RunConfig:
+        return replace(config(self.model), batch_size=self.batch_size)
 
 
 CASES = {
-    "optfs": Case(settings={"penalty": "3e-4", "learning_rate": "0.05", "epochs": "2"}),
+    "optfs": Case(settings={"penalty": "2e-5", "learning_rate": "0.05", "epochs": "2"}, batch_size=64),
     "optinter": Case("optinter", settings={"learning_rate": "0.05"}),
     "autofis": Case("auto_fm", settings={"c": "0.15"}),
     "autofield": Case(top=3),
@@ -80,7 +85,6 @@ def test_every_method_end_to_end(
 ) -> None:
     case = CASES[method]
     store = crossed if case.model == "optinter" else plain
-    run = config(case.model)
     # test rows are for `train` and for their new ids alone: not for the search, not for the comparison of logits
     monkeypatch.setattr(Guarded, "allowed", ("train", "valid"))
     monkeypatch.delitem(store.__dict__, "allowed")
@@ -93,7 +97,7 @@ def test_every_method_end_to_end(
     monkeypatch.setattr(selecting, "train", partial(may_test, train))
     monkeypatch.setattr(selecting, "apply_to_store", partial(may_test, apply_to_store))
     report = select(
-        store, run, tmp_path / "out", method=method, top=case.top, settings=case.settings, name="m", seeds=2, curve=False
+        store, case.run, tmp_path / "out", method=method, top=case.top, settings=case.settings, name="m", seeds=2, curve=False
     )
 
     out = tmp_path / "out"
@@ -156,7 +160,7 @@ def test_a_curve_of_penalties_goes_on_without_what_nothing_is_left_of(
         return METHODS["outrank"].search(model, store, method_options("outrank", 3), run, seed)
 
     monkeypatch.setattr(selecting, "METHODS", {**METHODS, "optfs": replace(METHODS["optfs"], search=search)})
-    once = {"method": "optfs", "settings": CASES["optfs"].settings, "seeds": 1}
+    once = {"method": "optfs", "settings": {"penalty": "3e-4"}, "seeds": 1}
     select(plain, config(), tmp_path / "out", **once)  # type: ignore[arg-type]
     assert searched == pytest.approx([3e-4, 3e-5, 9e-5, 9e-4])
     assert [p["label"] for p in read(tmp_path / "out" / "curve.json")] == ["penalty × 0.1", "penalty × 0.3", "before", "after"]
@@ -258,7 +262,7 @@ def test_a_wrong_small_model_is_seen(method: str, plain: Store, tmp_path: Path, 
 
     monkeypatch.setattr(selecting, "compact", wrong)
     out = tmp_path / "out"
-    report = select(plain, config(), out, method=method, top=case.top, settings=case.settings, name="m", seeds=1, curve=False)
+    report = select(plain, case.run, out, method=method, top=case.top, settings=case.settings, name="m", seeds=1, curve=False)
     assert report["compact_difference"] > 1e-3
 
 
@@ -277,9 +281,7 @@ def test_wrong_small_models_of_pairs_are_seen(
         monkeypatch.setattr(selecting, name, lambda *a, make=make: spoiled(make, *a))
     for method, store in (("optinter", crossed), ("autofis", plain)):
         case = CASES[method]
-        report = select(
-            store, config(case.model), tmp_path / method, method=method, settings=case.settings, seeds=1, curve=False
-        )
+        report = select(store, case.run, tmp_path / method, method=method, settings=case.settings, seeds=1, curve=False)
         assert report["compact_difference"] > 1e-3
 
 
@@ -292,7 +294,7 @@ def test_optfs_starts_from_its_rewound_weights(plain: Store, tmp_path: Path, mon
 
     monkeypatch.setattr(selecting, "train", seen)
     case = CASES["optfs"]
-    select(plain, config(), tmp_path / "out", method="optfs", settings=case.settings, seeds=1, curve=False)
+    select(plain, case.run, tmp_path / "out", method="optfs", settings=case.settings, seeds=1, curve=False)
     wanted = Selection.load(tmp_path / "out" / "selection" / "seed-0").start(plain.encoder)
     assert starts["before"] is None
     assert starts["after"].keys() == wanted.keys()
