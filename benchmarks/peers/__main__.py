@@ -3,7 +3,6 @@
 Each peer runs in a virtual environment of its own, made on first use under ``--envs``. Speed: 39 fields in Criteo's proportions
 with 2 million rows × 16, and 10 fields with 5,000 rows × 10 (Frappe's size); batch 4096; processes take turns. FuxiCTR's
 training step is timed on batches in memory, without its loading; DeepCTR-Torch's ``fit`` and ctrlib's ``fit`` with loading.
-DeepCTR-Torch's DCN and AutoInt have a first-order part, as it builds them, which ctrlib's have not.
 Quality: the Kaggle sample of Criteo's logs (``$CTRLIB_DATA``) as 39 sparse fields; the same encoded rows, sizes, batch and
 learning rate of the net; no L2, no dropout; every side's epoch of the best validation AUC, of ten; 3 seeds.
 """

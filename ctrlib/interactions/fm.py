@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ctrlib.interactions.base import Interaction, evaluating
-from ctrlib.interactions.pairs import pair_labels, sum_of_products
+from ctrlib.interactions.pairs import PairProducts, pair_labels, sum_of_products
 from ctrlib.schema import FieldLayout
 
 
@@ -28,6 +27,7 @@ class FM(Interaction):
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
+        self.products = PairProducts(layout.num_fields)  # for explain alone
         self.out = FieldLayout(("fm",), 1)
         self.axes = {"pair": (pair_labels(layout.names),)}
 
@@ -38,5 +38,4 @@ class FM(Interaction):
     @evaluating
     def explain(self, x_BFD: Tensor) -> dict[str, Tensor]:
         """``"pair"`` [B, P]: what every pair adds to the logit, ⟨x_i, x_j⟩."""
-        first_P, second_P = torch.triu_indices(x_BFD.shape[1], x_BFD.shape[1], offset=1, device=x_BFD.device)
-        return {"pair": (x_BFD @ x_BFD.transpose(1, 2))[:, first_P, second_P]}
+        return {"pair": self.products(x_BFD)}
