@@ -121,7 +121,8 @@ def _blocks(data: dict[str, Any]) -> str:
         for reason in reasons
     )
     return (
-        f"A training step of the same model on both sides, 39 fields × 16 and 10 × 10, batch 4096, fp32; limits of a process: "
+        f"A training step of the same model on both sides, 39 fields × 16 and 10 × 10, batch 4096, fp32; {data['rounds']} "
+        f"process(es) of {' or '.join(map(str, data['steps'].values()))} steps a side, taking turns; limits of a process: "
         f"{data['seconds']:g} s and {data['memory'] / 2**30:g} GiB:\n\n"
         + _table(["tables", "model", "peer", "its ms", "ctrlib's ms", "times faster"], rows)
         + f"\n{notes}\nPresets without a counterpart:\n\n{alone}"
