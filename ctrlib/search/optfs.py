@@ -32,7 +32,7 @@ from ctrlib.optim import EmbeddingOptimizerName, Optimizer, OptimizerConfig, bui
 from ctrlib.schema import DataError
 from ctrlib.search.gates import ClosedGates, GatedModel, ValueGates, Values, embeddings
 from ctrlib.search.passes import train_pass
-from ctrlib.search.selection import Selection
+from ctrlib.search.selection import Selection, refuse_crosses
 from ctrlib.training import FitConfig, seed_everything
 
 Schedule = Literal["code", "paper"]
@@ -59,7 +59,8 @@ class OptFSConfig:
         rewind: T_c, the epochs after which the weights are kept for re-training; 0: the initial ones.
         schedule: τ in epoch t = 1..T; ``code``: γ^((t−1)/(T−1)), ``paper``: γ^(t/T).
         regulariser: what λ multiplies; ``sigmoid``: Σ σ(τ·g_c), ``gate``: Σ g, which is larger by 1/σ(g_c⁰).
-        keep_scale: of the kept rows where re-training starts; ``gate``: 1/σ(g_c⁰), to which their gates tend, ``one``: 1.
+        keep_scale: of the kept rows where re-training starts; ``gate``: 1/σ(g_c⁰), to which their gates tend, ``one``: 1. For
+            ``start="none"`` take ``gate``, with which the net was trained.
         gate_init: g_c⁰.
         learning_rate: of the gates' Adam; ``None``: that of the net. A logit moves by about this much a step at most: where an
             epoch has few steps, it takes a higher one to get from g_c⁰ below 0 in the first two or three.
@@ -161,11 +162,12 @@ def search_optfs(
 
     Raises:
         ConfigError: the model reads no learned vocabulary, or every gate closed.
-        DataError: the store has no training rows.
+        DataError: the store has no training rows, or crosses, whose keys are made of ids.
         TrainingDivergedError: a loss is not finite.
     """
     started = time.perf_counter()
     encoder = store.encoder
+    refuse_crosses("OptFS", encoder.schema.fields)
     sizes: dict[str, int] = {}
     network, loader, optimizer = _set_up(model, store, config, fit, batch_size, seed)
     for embedding in embeddings(network):
@@ -182,8 +184,8 @@ def search_optfs(
     rate = fit.optimizer.learning_rate if config.learning_rate is None else config.learning_rate
     gate_optimizer = torch.optim.Adam([gates.logits], lr=rate, eps=config.epsilon)
 
-    initial = _snapshot(network)
-    rewound = initial
+    after = {"rewind": config.rewind, "same_seed": 0, "none": config.epochs, "random": None}[config.start]
+    weights = _snapshot(network) if after == 0 else None
     history: list[dict[str, Any]] = []
     try:
         for epoch, temperature in enumerate(config.temperatures, 1):
@@ -191,8 +193,8 @@ def search_optfs(
             title = f"OptFS epoch {epoch}/{config.epochs}"
             loss = train_pass(gated, loader, [optimizer, gate_optimizer], title=title, precision=fit.precision)
             history.append({"temperature": temperature, "loss": loss, **_shares(gates)})
-            if epoch == config.rewind:
-                rewound = _snapshot(network)
+            if epoch == after:
+                weights = _snapshot(network)
     finally:
         optimizer.close()
     values = gates.kept()
@@ -210,7 +212,6 @@ def search_optfs(
             rate,
             config.penalty,
         )
-    weights = {"rewind": rewound, "same_seed": initial, "random": None, "none": _snapshot(network)}[config.start]
     if weights is not None:
         weights = _scaled(network, weights, gates, gates.scale if config.keep_scale == "gate" else 1.0)
     return Selection(
@@ -289,7 +290,8 @@ def _set_up(
 
 
 def _snapshot(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()}
+    """Current weights, each a tensor of its own, in main memory."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}
 
 
 def _scaled(network: ModelComponent, weights: dict[str, Tensor], gates: ValueGates, scale: float) -> dict[str, Tensor]:

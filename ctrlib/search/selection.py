@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -388,15 +388,20 @@ def _two_fields(pair: str, names: list[str]) -> frozenset[str]:
     raise DataError(f"the selection has a pair {pair!r}, which is no pair of fields of the data{suggest(pair, near)}")
 
 
+def refuse_crosses(who: str, fields: Iterable[Field]) -> None:
+    """Raise :class:`DataError` if there is a cross among the fields of data of which ``who`` drops values."""
+    crosses = [f.name for f in fields if isinstance(f, CrossField)]
+    if crosses:
+        raise DataError(
+            f"{who} drops values, but the data has crosses ({', '.join(crosses[:3])}), whose keys are made of the ids that "
+            "would change; select values of data that was prepared without crosses"
+        )
+
+
 def _check_values(selection: Selection, encoder: Encoder, kept: list[Field]) -> None:
     if selection.values is None:
         return
-    crosses = [f.name for f in kept if isinstance(f, CrossField)]
-    if crosses:
-        raise DataError(
-            f"the selection drops values, but the data has crosses ({', '.join(crosses[:3])}), whose keys are made of the ids "
-            "that would change; select values of data without crosses, and add crosses to what is kept"
-        )
+    refuse_crosses("the selection", kept)
     for name, mask in selection.values.items():
         vocabulary = encoder.vocabularies.get(name)
         if not isinstance(vocabulary, Vocabulary):
