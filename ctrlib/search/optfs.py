@@ -29,10 +29,9 @@ from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.optim import EmbeddingOptimizerName, Optimizer, OptimizerConfig, build_optimizer
-from ctrlib.schema import DataError
 from ctrlib.search.gates import ClosedGates, GatedModel, ValueGates, Values, embeddings
 from ctrlib.search.passes import train_pass
-from ctrlib.search.selection import Selection, refuse_crosses
+from ctrlib.search.selection import Selection, check_encoder, refuse_crosses
 from ctrlib.training import FitConfig, seed_everything
 
 Schedule = Literal["code", "paper"]
@@ -281,11 +280,7 @@ def ticket(selection: Selection, encoder: Encoder, model: ModelComponent.Config 
         DataError: another encoder.
         ConfigError: the selection has no values; or neither it nor the caller has a model.
     """
-    if encoder.hash != selection.encoder_hash:
-        raise DataError(
-            f"the selection by {selection.method} was made with another encoder (schema or vocabularies) than this; take that "
-            "of the store that was searched, or search again"
-        )
+    check_encoder(selection, encoder)
     config = model or selection.model
     if selection.values is None or config is None:
         missing = "values" if selection.values is None else "model"

@@ -343,13 +343,18 @@ def _empty(old: Vocabulary | HashBuckets, f: Field) -> Vocabulary:
     return Vocabulary(pa.array([], kind), np.zeros(0, np.int64), 0, True)
 
 
-def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
-    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+def check_encoder(selection: Selection, encoder: Encoder) -> None:
+    """Raise :class:`DataError` if the selection was made with another encoder."""
     if selection.encoder_hash != encoder.hash:
         raise DataError(
             f"the selection of {selection.method} was made with another encoder: its hash is {selection.encoder_hash[:12]}…, "
             f"that of this one {encoder.hash[:12]}…; apply it to the store that was searched, or search again"
         )
+
+
+def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
+    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+    check_encoder(selection, encoder)
     schema = encoder.schema
     names = [f.name for f in schema.fields]
     dropped: set[str] = set()
