@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrlib.config import Table, check_choice, from_json, to_json
+from ctrlib.config import ConfigError, Table, check_choice, from_json, to_json
 from ctrlib.data.encoder import Encoder, vocabulary_name
 from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import HashBuckets, Ids, Vocabulary
@@ -165,9 +165,9 @@ class Selection:
                 weights=weights,
                 report=data["report"],
             )
-        except DataError:
+        except (ConfigError, DataError):
             raise
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, pa.ArrowInvalid, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
             raise DataError(f"selection {folder} is damaged ({error!r}); copy it again, or search again") from error
 
 
