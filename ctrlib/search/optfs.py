@@ -29,10 +29,9 @@ from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.optim import EmbeddingOptimizerName, Optimizer, OptimizerConfig, build_optimizer
-from ctrlib.schema import DataError
 from ctrlib.search.gates import ClosedGates, GatedModel, ValueGates, Values, embeddings
 from ctrlib.search.passes import train_pass
-from ctrlib.search.selection import Selection
+from ctrlib.search.selection import Selection, check_encoder, refuse_crosses
 from ctrlib.training import FitConfig, seed_everything
 
 Schedule = Literal["code", "paper"]
@@ -59,12 +58,14 @@ class OptFSConfig:
         rewind: T_c, the epochs after which the weights are kept for re-training; 0: the initial ones.
         schedule: τ in epoch t = 1..T; ``code``: γ^((t−1)/(T−1)), ``paper``: γ^(t/T).
         regulariser: what λ multiplies; ``sigmoid``: Σ σ(τ·g_c), ``gate``: Σ g, which is larger by 1/σ(g_c⁰).
-        keep_scale: of the kept rows where re-training starts; ``gate``: 1/σ(g_c⁰), to which their gates tend, ``one``: 1.
+        keep_scale: of the kept rows where re-training starts; ``gate``: 1/σ(g_c⁰), to which their gates tend, ``one``: 1. For
+            ``start="none"`` take ``gate``, with which the net was trained.
         gate_init: g_c⁰.
         learning_rate: of the gates' Adam; ``None``: that of the net. A logit moves by about this much a step at most: where an
             epoch has few steps, it takes a higher one to get from g_c⁰ below 0 in the first two or three.
         epsilon: of the gates' Adam. Part of the method: λ is of its size, and it decides whether unseen values are dropped.
-        embedding: optimizer of the tables during the search; ``dense`` as in the released code, ``None``: as ``fit`` has it.
+        embedding: optimizer of the tables during the search, at their learning rate in ``fit``; ``dense`` as in the released
+            code, ``None``: as ``fit`` has it.
         start: weights in the result, for re-training; ``rewind``: after epoch T_c; ``same_seed``: the initial ones (the
             paper's l.t.h.); ``random``: none (r.i.); ``none``: the last ones, for use without re-training (w.o.).
 
@@ -136,7 +137,14 @@ class OptFSConfig:
 # NOTE[DIFF] kept rows are multiplied by ``keep_scale`` once, where re-training starts, instead of in every step: the same
 # model, whose rows then take Adam's steps at their new scale.
 def search_optfs(
-    model: ModelComponent.Config, store: Store, config: OptFSConfig, *, fit: FitConfig, batch_size: int, seed: int
+    model: ModelComponent.Config,
+    store: Store,
+    config: OptFSConfig,
+    *,
+    fit: FitConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Search for the values to keep; reads training rows only.
 
@@ -151,6 +159,7 @@ def search_optfs(
         fit: its ``optimizer`` (of the weights; see ``config.embedding``) and ``precision`` are used, nothing else.
         batch_size: of the search.
         seed: of weights, dropout and the order of rows.
+        device: where the model is trained.
 
     Returns:
         The kept values, the model, and weights to re-train from (``config.start``), kept rows scaled (``config.keep_scale``).
@@ -160,14 +169,16 @@ def search_optfs(
         occurrences ``from``–``to``); ``margin`` (of the ``nearest`` logit to 0, and ``near``, the share within 0.05).
 
     Raises:
-        ConfigError: the model reads no learned vocabulary, or every gate closed.
-        DataError: the store has no training rows.
+        ConfigError: the model reads no learned vocabulary, has frozen ones (a search loads no pretrained vectors) or bfloat16
+            tables that are to be trained by a ``dense`` optimizer; or every gate closed.
+        DataError: the store has no training rows, or crosses, whose keys are made of ids.
         TrainingDivergedError: a loss is not finite.
     """
     started = time.perf_counter()
     encoder = store.encoder
+    refuse_crosses("OptFS", encoder.schema.fields)
     sizes: dict[str, int] = {}
-    network, loader, optimizer = _set_up(model, store, config, fit, batch_size, seed)
+    network, loader, optimizer = _set_up(model, store, config, fit, batch_size, seed, device)
     for embedding in embeddings(network):
         known = (name for name in embedding.vocabularies if isinstance(encoder.vocabularies.get(name), Vocabulary))
         sizes |= {name: encoder.vocabularies[name].size for name in known}
@@ -176,14 +187,14 @@ def search_optfs(
             "OptFS gates the values of learned vocabularies, and the model reads none (hashed fields and numbers have no "
             "values to drop); give it a sparse or sequence field without hash_size"
         )
-    gates = ValueGates(sizes, config.gate_init)
+    gates = ValueGates(sizes, config.gate_init).to(device)
     strength = config.penalty * (gates.scale if config.regulariser == "gate" else 1.0)
     gated = GatedModel(network, gates, strength)
     rate = fit.optimizer.learning_rate if config.learning_rate is None else config.learning_rate
     gate_optimizer = torch.optim.Adam([gates.logits], lr=rate, eps=config.epsilon)
 
-    initial = _snapshot(network)
-    rewound = initial
+    after = {"rewind": config.rewind, "same_seed": 0, "none": config.epochs, "random": None}[config.start]
+    weights = _snapshot(network) if after == 0 else None
     history: list[dict[str, Any]] = []
     try:
         for epoch, temperature in enumerate(config.temperatures, 1):
@@ -191,8 +202,8 @@ def search_optfs(
             title = f"OptFS epoch {epoch}/{config.epochs}"
             loss = train_pass(gated, loader, [optimizer, gate_optimizer], title=title, precision=fit.precision)
             history.append({"temperature": temperature, "loss": loss, **_shares(gates)})
-            if epoch == config.rewind:
-                rewound = _snapshot(network)
+            if epoch == after:
+                weights = _snapshot(network)
     finally:
         optimizer.close()
     values = gates.kept()
@@ -210,7 +221,6 @@ def search_optfs(
             rate,
             config.penalty,
         )
-    weights = {"rewind": rewound, "same_seed": initial, "random": None, "none": _snapshot(network)}[config.start]
     if weights is not None:
         weights = _scaled(network, weights, gates, gates.scale if config.keep_scale == "gate" else 1.0)
     return Selection(
@@ -229,7 +239,14 @@ def search_optfs(
 
 
 def control_weights(
-    model: ModelComponent.Config, store: Store, config: OptFSConfig, *, fit: FitConfig, batch_size: int, seed: int
+    model: ModelComponent.Config,
+    store: Store,
+    config: OptFSConfig,
+    *,
+    fit: FitConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """The weights of the plain model after ``config.rewind`` epochs of the search's training, without gates.
 
@@ -237,9 +254,12 @@ def control_weights(
     one training run, it gains by starting from trained weights.
 
     Args:
-        model, store, config, fit, batch_size, seed: see :func:`search_optfs`.
+        model, store, config, fit, batch_size, seed, device: see :func:`search_optfs`.
+
+    Raises:
+        ConfigError: see :func:`search_optfs`.
     """
-    network, loader, optimizer = _set_up(model, store, config, fit, batch_size, seed)
+    network, loader, optimizer = _set_up(model, store, config, fit, batch_size, seed, device)
     try:
         for epoch in range(config.rewind):
             train_pass(network, loader, [optimizer], title=f"control epoch {epoch + 1}", precision=fit.precision)
@@ -260,11 +280,7 @@ def ticket(selection: Selection, encoder: Encoder, model: ModelComponent.Config 
         DataError: another encoder.
         ConfigError: the selection has no values; or neither it nor the caller has a model.
     """
-    if encoder.hash != selection.encoder_hash:
-        raise DataError(
-            f"the selection by {selection.method} was made with another encoder (schema or vocabularies) than this; take that "
-            "of the store that was searched, or search again"
-        )
+    check_encoder(selection, encoder)
     config = model or selection.model
     if selection.values is None or config is None:
         missing = "values" if selection.values is None else "model"
@@ -277,19 +293,34 @@ def ticket(selection: Selection, encoder: Encoder, model: ModelComponent.Config 
 
 
 def _set_up(
-    model: ModelComponent.Config, store: Store, config: OptFSConfig, fit: FitConfig, batch_size: int, seed: int
+    model: ModelComponent.Config,
+    store: Store,
+    config: OptFSConfig,
+    fit: FitConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
 ) -> tuple[ModelComponent, Loader, Optimizer]:
-    loader = Loader(store.split("train"), batch_size, shuffle=True, seed=seed)
-    seed_everything(seed)
-    network = build_model(model, store.encoder.layout)
+    if model.embedding.frozen:
+        raise ConfigError(
+            f"model.embedding.frozen names {', '.join(model.embedding.frozen)}, but the search has no pretrained vectors, so "
+            "these rows would be zeros; leave frozen out"
+        )
     settings: OptimizerConfig = fit.optimizer
-    if config.embedding is not None:
+    if config.embedding not in (None, settings.embedding):
         settings = replace(settings, embedding=config.embedding, embedding_l2_mode=None)
+    if model.embedding.row_dtype == "bfloat16" and settings.embedding == "dense":
+        raise ConfigError("bfloat16 tables need a row-wise optimizer; set optfs.embedding, e.g. to 'lazy_adam'")
+    pin = torch.device(device).type == "cuda"
+    loader = Loader(store.split("train"), batch_size, shuffle=True, seed=seed, pin_memory=pin)
+    seed_everything(seed)
+    network = build_model(model, store.encoder.layout).to(device)
     return network, loader, build_optimizer(network, settings)
 
 
 def _snapshot(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()}
+    """Current weights, each a tensor of its own, in main memory."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}
 
 
 def _scaled(network: ModelComponent, weights: dict[str, Tensor], gates: ValueGates, scale: float) -> dict[str, Tensor]:

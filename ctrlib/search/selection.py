@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrlib.config import Table, check_choice, from_json, to_json
+from ctrlib.config import ConfigError, Table, check_choice, from_json, to_json
 from ctrlib.data.encoder import Encoder, vocabulary_name
 from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import HashBuckets, Ids, Vocabulary
@@ -165,9 +165,9 @@ class Selection:
                 weights=weights,
                 report=data["report"],
             )
-        except DataError:
+        except (ConfigError, DataError):
             raise
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, pa.ArrowInvalid, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
             raise DataError(f"selection {folder} is damaged ({error!r}); copy it again, or search again") from error
 
 
@@ -343,13 +343,18 @@ def _empty(old: Vocabulary | HashBuckets, f: Field) -> Vocabulary:
     return Vocabulary(pa.array([], kind), np.zeros(0, np.int64), 0, True)
 
 
-def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
-    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+def check_encoder(selection: Selection, encoder: Encoder) -> None:
+    """Raise :class:`DataError` if the selection was made with another encoder."""
     if selection.encoder_hash != encoder.hash:
         raise DataError(
             f"the selection of {selection.method} was made with another encoder: its hash is {selection.encoder_hash[:12]}…, "
             f"that of this one {encoder.hash[:12]}…; apply it to the store that was searched, or search again"
         )
+
+
+def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
+    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+    check_encoder(selection, encoder)
     schema = encoder.schema
     names = [f.name for f in schema.fields]
     dropped: set[str] = set()
@@ -388,15 +393,20 @@ def _two_fields(pair: str, names: list[str]) -> frozenset[str]:
     raise DataError(f"the selection has a pair {pair!r}, which is no pair of fields of the data{suggest(pair, near)}")
 
 
+def refuse_crosses(who: str, fields: Iterable[Field]) -> None:
+    """Raise :class:`DataError` if there is a cross among the fields of data of which ``who`` drops values."""
+    crosses = [f.name for f in fields if isinstance(f, CrossField)]
+    if crosses:
+        raise DataError(
+            f"{who} drops values, but the data has crosses ({', '.join(crosses[:3])}), whose keys are made of the ids that "
+            "would change; select values of data that was prepared without crosses"
+        )
+
+
 def _check_values(selection: Selection, encoder: Encoder, kept: list[Field]) -> None:
     if selection.values is None:
         return
-    crosses = [f.name for f in kept if isinstance(f, CrossField)]
-    if crosses:
-        raise DataError(
-            f"the selection drops values, but the data has crosses ({', '.join(crosses[:3])}), whose keys are made of the ids "
-            "that would change; select values of data without crosses, and add crosses to what is kept"
-        )
+    refuse_crosses("the selection", kept)
     for name, mask in selection.values.items():
         vocabulary = encoder.vocabularies.get(name)
         if not isinstance(vocabulary, Vocabulary):

@@ -14,7 +14,7 @@ from ctrlib.config import Component, ConfigError, from_json, override, to_json
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, PRESETS, Flavour, preset
 from ctrlib.schema import BatchLayout, SparseColumn
-from tests.models.small import LAYOUT, make, rows
+from tests.models.small import LAYOUT, make, rows, with_crosses
 
 CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]
 every_preset = pytest.mark.parametrize(("name", "flavour"), CASES)
@@ -23,6 +23,14 @@ every_preset = pytest.mark.parametrize(("name", "flavour"), CASES)
 @every_preset
 def test_builds_at_full_size(name: str, flavour: Flavour) -> None:
     assert make(preset(name, flavour))(rows(3)).logits.shape == (3,)
+
+
+@every_preset
+def test_builds_without_memory(name: str, flavour: Flavour) -> None:
+    """As for a count of parameters or a check of a config before long work; LAYOUT has every kind of column."""
+    with torch.device("meta"):
+        model = build_model(preset(name, flavour), with_crosses(LAYOUT))
+    assert all(p.is_meta for p in model.parameters())
 
 
 @every_preset

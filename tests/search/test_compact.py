@@ -30,7 +30,8 @@ from ctrlib.training import FitConfig
 from tests.models.small import awake, make, shrunk
 from tests.search.test_selection import SCHEMA, masks, raw, select
 
-CASES = [(name, flavour) for name, p in PRESETS.items() for flavour in p.flavours]
+# OptInter reads crosses, of which no values can be dropped; it has compact_optinter
+CASES = [(name, flavour) for name, p in PRESETS.items() if not name.startswith("optinter") for flavour in p.flavours]
 ROWS = raw(40, seed=7)  # with values that the encoder has never seen
 
 

@@ -71,7 +71,8 @@ def test_open_gates_change_nothing(name: str, flavour: Flavour) -> None:
     assert [n for n, _ in m.named_parameters() if "gate.logits" in n] == []
 
 
-@every_model
+# not of OptInter, whose crosses are made of the ids: those of a dropped value would change
+@pytest.mark.parametrize(("name", "flavour"), [case for case in CASES if not case[0].startswith("optinter")])
 def test_closed_gates_are_padding(name: str, flavour: Flavour) -> None:
     m, batch, values = model(name, flavour), rows(9), some_values()
     expected = m(without(batch, values)).logits

@@ -260,6 +260,74 @@ def test_what_is_gated(store: Store) -> None:
         search_optfs(small(embedding__fields='["city","price"]'), store, QUICK, fit=FIT, batch_size=200, seed=0)
 
 
+def test_data_with_crosses_is_refused_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = clicks(300, 0)
+    encoder = Encoder.fit(SCHEMA.with_crosses([("user", "city"), ("user", "age")]), table)
+    crossed = Store.create(tmp_path / "store", encoder, {"train": open_source(table)})
+    monkeypatch.delattr(optfs, "train_pass")
+    with pytest.raises(DataError, match=r"OptFS drops values, but the data has crosses \(user\*city, user\*age\)"):
+        search(crossed)
+
+
+@pytest.mark.parametrize("run", [search_optfs, control_weights])
+def test_tables_that_a_search_cannot_train_are_refused(store: Store, run: Any) -> None:
+    options: dict[str, Any] = {"fit": FIT, "batch_size": 200, "seed": 0}
+    with pytest.raises(ConfigError, match="frozen names user, but the search has no pretrained vectors"):
+        run(small(embedding__frozen='["user"]'), store, QUICK, **options)
+    halved = small(embedding__row_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"need a row-wise optimizer; set optfs\.embedding"):
+        run(halved, store, QUICK, **options)
+    run(halved, store, replace(QUICK, embedding=None), **options)
+
+
+def test_l2_is_paid_as_fit_says_where_the_optimizer_is_its_own(store: Store) -> None:
+    """``batch_rows`` was lost on the way, and dense Adam paid for whole tables."""
+    spared = FitConfig(
+        optimizer=OptimizerConfig(embedding="dense", learning_rate=0.01, embedding_l2=0.1, embedding_l2_mode="batch_rows")
+    )
+    options = replace(QUICK, penalty=0.0, start="none", keep_scale="one")
+    found = search_optfs(small("lr"), store, options, fit=spared, batch_size=200, seed=3)
+    seed_everything(3)
+    initial = build_model(small("lr"), store.encoder.layout)
+    initial_rows = embeddings(initial)[0].vocabularies["user"].clone()
+    assert found.weights is not None
+    initial.load_state_dict(found.weights)
+    assert torch.equal(embeddings(initial)[0].vocabularies["user"][1], initial_rows[1])  # OOV, which no row has
+
+
+def test_a_search_on_another_device(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, its gates and its optimizer are there from the first step on; what is returned is in main memory."""
+    places: list[torch.device] = []
+
+    def noted(gated: GatedModel, batches: Loader, optimizers: Any, **options: Any) -> float:
+        places.extend(tensor.device for tensor in gated.state_dict().values())
+        places.extend(p.device for group in optimizers[-1].param_groups for p in group["params"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optfs, "train_pass", noted)
+    with pytest.raises(KeyboardInterrupt):
+        search_optfs(small(), store, QUICK, fit=FIT, batch_size=200, seed=0, device="meta")
+    assert set(places) == {torch.device("meta")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("embedding", ["dense", "adam"])
+def test_a_search_on_a_gpu_finds_the_same(store: Store, embedding: Any) -> None:
+    config = replace(QUICK, embedding=embedding)
+    here = search(store, config, "deepfm")
+    there = search_optfs(small("deepfm"), store, config, fit=FIT, batch_size=200, seed=3, device="cuda")
+    assert here.values is not None
+    assert there.values is not None
+    assert here.weights is not None
+    assert there.weights is not None
+    same = np.concatenate([here.values[name] == kept for name, kept in there.values.items()])
+    assert same.mean() > 0.9
+    for name, value in there.weights.items():
+        torch.testing.assert_close(value, here.weights[name], rtol=1e-2, atol=1e-3)
+    small_start = there.start(store.encoder)
+    assert {value.device.type for value in small_start.values()} == {"cpu"}
+
+
 def test_report(store: Store) -> None:
     found = search(store)
     report = json.loads(json_text(found.report))

@@ -152,6 +152,9 @@ def test_damaged_files_are_refused(encoder: Encoder, tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match="is damaged"):
             Selection.load(tmp_path / "a")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="is damaged"):
+        Selection.load(tmp_path / "a")
     with pytest.raises(ConfigError, match="expected one of 'memorize', 'factorize', 'naive'; did you mean 'memorize'"):
         select(encoder, pairs={"user*item": "memorise"})
 
