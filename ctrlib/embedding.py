@@ -362,7 +362,7 @@ class _Piecewise(nn.Module):
         self.owner: Tensor
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         starts = torch.cat([torch.arange(n, dtype=torch.float32) for n in bins])
-        owner = torch.repeat_interleave(torch.arange(len(bins)), torch.tensor(bins))
+        owner = torch.repeat_interleave(torch.arange(len(bins)), torch.tensor(bins), output_size=sum(bins))
         self.register_buffer("starts", starts, persistent=False)
         self.register_buffer("owner", owner, persistent=False)
         self.weight = nn.Parameter(torch.randn(len(starts), config.dim) * config.init_std)
