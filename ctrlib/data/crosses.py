@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from os import cpu_count
 from typing import IO
 
@@ -124,9 +124,6 @@ def _spill(columns: Sequence[tuple[int, str]], blocks: Iterable[Ids], stack: Exi
         for file in files.values():
             file.flush()
     except OSError as error:
-        for file in files.values():
-            with suppress(OSError):  # which writes what is left, and there is no room
-                file.close()
         raise DataError(
             f"counting crosses needs room in {tempfile.gettempdir()} for 4 bytes a row and crossed field, which cannot be "
             f"written ({error.strerror}); free some space, or name another folder in the environment variable TMPDIR"
