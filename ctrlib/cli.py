@@ -40,6 +40,15 @@ Crosses = Annotated[
     int | None,
     typer.Option("--cross-min-count", help="Cross every two fields of categories; value pairs seen fewer times are OOV."),
 ]
+CrossMax = Annotated[
+    int | None, typer.Option("--cross-max-size", help="Cross every two fields, and keep so many value pairs of each cross.")
+]
+CrossHash = Annotated[
+    int | None, typer.Option("--cross-hash-size", help="Cross every two fields, and hash the value pairs of each into so many.")
+]
+CrossMemory = Annotated[
+    float | None, typer.Option("--cross-memory-mb", help="What all crosses may take in training; default: what is free.")
+]
 Flavour = Annotated[str, typer.Option(help="paper, fuxictr or official.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="path.to.option=value, e.g. fit.optimizer.learning_rate=3e-4; repeat.")
@@ -72,6 +81,9 @@ def _data_options(
     seed: int,
     stream: bool = False,
     crosses: int | None = None,
+    cross_max: int | None = None,
+    cross_hash: int | None = None,
+    cross_memory: float | None = None,
 ) -> experiment.DataOptions:
     ways: dict[str, SplitBy] = {"auto": "auto", "time": "time", "random": "random", "order": "order"}
     if split not in ways:
@@ -93,6 +105,9 @@ def _data_options(
         seed=seed,
         stream=stream,
         cross_min_count=crosses,
+        cross_max_size=cross_max,
+        cross_hash_size=cross_hash,
+        cross_memory_mb=cross_memory,
     )
 
 
@@ -138,10 +153,14 @@ def prepare(
     time: Time = None,
     weight: Weight = None,
     crosses: Crosses = None,
+    cross_max: CrossMax = None,
+    cross_hash: CrossHash = None,
+    cross_memory: CrossMemory = None,
     seed: Seed = 0,
 ) -> None:
     """Encode raw data once into a store that `train` reads."""
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, crosses=crosses)
+    crossing = crosses, cross_max, cross_hash, cross_memory
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, False, *crossing)
     store = experiment.prepare(data, out, options)
     for name, rows in store.rows.items():
         print(f"{name:<6} {rows:>12,} rows")
@@ -169,11 +188,15 @@ def train(
     epochs: Epochs = None,
     stream: Annotated[bool, typer.Option("--stream", help="Encode while training instead of writing a store first.")] = False,
     crosses: Crosses = None,
+    cross_max: CrossMax = None,
+    cross_hash: CrossHash = None,
+    cross_memory: CrossMemory = None,
     seed: Seed = 0,
 ) -> None:
     """Train, evaluate and save one model."""
     config = experiment.configure(model, flavour, _assignments("--set", set_), epochs)
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream, crosses)
+    crossing = crosses, cross_max, cross_hash, cross_memory
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream, *crossing)
     report = experiment.train(data, config, out, options, name=model, seed=seed)
     _print_report(report)
     print(f"saved to {out} (artifact, config.json, history.jsonl, metrics.json)")
@@ -197,6 +220,9 @@ def select(
     time: Time = None,
     weight: Weight = None,
     crosses: Crosses = None,
+    cross_max: CrossMax = None,
+    cross_hash: CrossHash = None,
+    cross_memory: CrossMemory = None,
     flavour: Flavour = "paper",
     set_: Settings = None,
     option: Annotated[
@@ -212,7 +238,8 @@ def select(
 ) -> None:
     """Find the fields, values or pairs of fields that a model needs, and re-train it with these."""
     config = experiment.configure(model, flavour, _assignments("--set", set_), epochs)
-    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, crosses=crosses)
+    crossing = crosses, cross_max, cross_hash, cross_memory
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, False, *crossing)
     report = selecting.select(
         data,
         config,

@@ -35,11 +35,12 @@ from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.files import check_new_folder, json_text, new_folder, write_json
-from ctrlib.memory import cross_memory
+from ctrlib.memory import model_cross_memory
 from ctrlib.metrics import by_segment, summarize
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
-from ctrlib.schema import DataError, Schema, SparseField
+from ctrlib.optim import OptimizerConfig
+from ctrlib.schema import BatchLayout, DataError, Schema, SparseField
 from ctrlib.training import Batches, FitConfig, evaluate, fit, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
@@ -122,9 +123,10 @@ class DataOptions:
         group, time, weight: columns, for an inferred schema.
         seed: of a random split.
         stream: :func:`train` encodes while it trains instead of writing a store first: the same batches, less disk, more time.
-        cross_min_count: add the cross of every two fields of categories (:meth:`.Schema.with_crosses`), whose pairs of values
-            seen fewer times are OOV; ``None``: no crosses but those of the schema.
-        cross_memory_mb: what crosses may take, see :meth:`.Encoder.fit`.
+        cross_min_count, cross_max_size, cross_hash_size: if any of them is given, the crosses of all fields of categories are
+            added with these options (:meth:`.Schema.with_crosses`); else there are no crosses but those of the schema.
+        cross_memory_mb: what crosses may take, while they are counted (:meth:`.Encoder.fit`) and in training; ``None``: half
+            of the free memory while they are counted, all of it in training on the CPU.
     """
 
     label: str | tuple[str, ...] | None = None
@@ -139,12 +141,14 @@ class DataOptions:
     seed: int = 0
     stream: bool = False
     cross_min_count: int | None = None
+    cross_max_size: int | None = None
+    cross_hash_size: int | None = None
     cross_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
-        if self.cross_min_count is not None:
-            positive("cross_min_count", self.cross_min_count)
+        for option, value in self.crossing.items():
+            positive(f"cross_{option}", value)
         if self.cross_memory_mb is not None:
             positive("cross_memory_mb", self.cross_memory_mb)
 
@@ -152,6 +156,12 @@ class DataOptions:
     def labels(self) -> tuple[str, ...]:
         """``label`` as a tuple; empty if none is named."""
         return (self.label,) if isinstance(self.label, str) else self.label or ()
+
+    @property
+    def crossing(self) -> dict[str, int]:
+        """What :meth:`.Schema.with_crosses` is to be given; empty if no crosses are to be added."""
+        given = {"min_count": self.cross_min_count, "max_size": self.cross_max_size, "hash_size": self.cross_hash_size}
+        return {option: value for option, value in given.items() if value is not None}
 
 
 def _check_seed(seed: int) -> None:
@@ -224,8 +234,8 @@ def _fit_encoder(data: object, options: DataOptions) -> tuple[Encoder, dict[str,
         shares = {name: options.shares[name] / total for name in cut}
         parts = split_rows(table, shares, by=options.split, time=schema.time if schema else options.time, seed=options.seed)
     schema = schema or _inferred_schema(parts["train"], options)
-    if options.cross_min_count is not None:
-        schema = schema.with_crosses(min_count=options.cross_min_count)
+    if options.crossing:
+        schema = schema.with_crosses("all", **options.crossing)
     for source in given.values():
         _require(source, schema)
     encoder = Encoder.fit(schema, parts["train"], cross_memory_mb=options.cross_memory_mb)
@@ -312,8 +322,8 @@ def _train(
         raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
-    if device.type == "cpu":
-        _check_cross_memory(config, encoder)
+    if device.type == "cpu" or options.cross_memory_mb is not None:
+        check_cross_memory(config.model, encoder.layout, config.fit.optimizer, options.cross_memory_mb)
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
@@ -359,18 +369,28 @@ def _train(
     return report
 
 
-def _check_cross_memory(config: RunConfig, encoder: Encoder) -> None:
-    embedding = config.model.embedding
-    memory = cross_memory(
-        encoder.layout, embedding.dim, config.fit.optimizer, dims=embedding.dims, row_dtype=embedding.row_dtype
-    )
-    free = 2 * half_of_free_mb() * 2**20
-    if memory.total > free:
+def check_cross_memory(
+    model: ModelComponent.Config, layout: BatchLayout, optimizer: OptimizerConfig, limit_mb: float | None = None
+) -> None:
+    """See that the rows that a model has for crosses leave room to train it, before it is built.
+
+    Args:
+        limit_mb: what they may take; ``None``: the free memory.
+
+    Raises:
+        DataError: they would take more; says what to change.
+    """
+    if all(c.parts is None for c in layout.sparse):
+        return
+    with torch.device("meta"):
+        memory = model_cross_memory(build_model(model, layout), layout, optimizer)
+    free = 2 * half_of_free_mb() if limit_mb is None else limit_mb
+    if memory.total > free * 2**20:
+        allowed = f"free are {free:,.0f} MB" if limit_mb is None else f"allowed are {free:,.0f} MB (cross_memory_mb)"
         raise DataError(
             f"the crosses have {memory.rows:,} values, which take {memory.total / 2**20:,.0f} MB in training with "
-            f"fit.optimizer.embedding={config.fit.optimizer.embedding!r}; free are {free / 2**20:,.0f} MB. Raise their "
-            "min_count, set max_size or hash_size, cross fewer fields, lower model.embedding.dim, or take an optimizer that "
-            "keeps less"
+            f"fit.optimizer.embedding={optimizer.embedding!r}; {allowed}. Raise their min_count, set max_size or hash_size, "
+            "cross fewer fields, lower the width of the model's vectors, or take an optimizer that keeps less"
         )
 
 
@@ -463,6 +483,12 @@ def open_store(data: object, scratch: Path, options: DataOptions) -> Store:
     if options.valid is not None or options.test is not None:
         raise DataError(f"store {store.path} has splits of its own ({', '.join(store.rows)}); leave valid and test out")
     has = store.encoder.schema
+    if options.crossing:
+        named = ", ".join(f"cross_{option}" for option in options.crossing)
+        raise DataError(
+            f"store {store.path} is encoded already, and no cross can be added to it; leave {named} out, or prepare "
+            "the raw rows again"
+        )
     roles = ("group", "time", "weight")
     asked = {"label": options.labels or None, **{role: getattr(options, role) for role in roles}}
     found = {"label": has.labels, **{role: getattr(has, role) for role in roles}}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 Side = Literal["context", "candidate"]
 NumericEncoding = Literal["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
@@ -299,23 +299,26 @@ class Schema:
         """A schema with a :class:`CrossField` more for every pair, named ``"first*second"`` in the order of the schema.
 
         Args:
-            pairs: names of fields; ``"all"``: every two fields of categories, (1, 2), (1, 3), … in the order of the schema.
+            pairs: names of fields; ``"all"``: every two fields of categories that have no cross yet, (1, 2), (1, 3), … in the
+                order of the schema.
             min_count, max_size, hash_size: of each cross.
 
         Raises:
             DataError: a name is unknown or not a field of categories, or a pair has a cross already.
         """
         if pairs == "all":
-            pairs = combinations([f.name for f in self.fields if is_category(f)], 2)
+            have = {frozenset(f.of) for f in self.crosses}
+            both = combinations([f.name for f in self.fields if is_category(f)], 2)
+            pairs = [pair for pair in both if frozenset(pair) not in have]
         at = {f.name: i for i, f in enumerate(self.fields)}
         added: list[CrossField] = []
         for pair in pairs:
             sides = {self[name].side for name in pair}
-            first, second = sorted(pair, key=at.__getitem__)
+            of = tuple(sorted(pair, key=at.__getitem__))
             added.append(
                 CrossField(
-                    name=f"{first}*{second}",
-                    of=(first, second),
+                    name="*".join(of),
+                    of=cast(tuple[str, str], of),
                     side="context" if sides == {"context"} else "candidate",
                     min_count=min_count,
                     max_size=max_size,

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ctrlib import artifact, cli, experiment
+from ctrlib.data.store import Store
 from ctrlib.models.presets import PRESETS
 from tests.clicks import SCHEMA, TINY, clicks, csv_text, write
 
@@ -403,3 +404,35 @@ def test_select(call: Call, data: Path, tmp_path: Path) -> None:
         (["--method", "outrank", "--seeds", "0"], "seeds is 0"),
     ):
         refused(call, tmp_path, [*words, "--no-curve", *changed], re.escape(message))
+
+
+def test_crosses(call: Call, data: Path, tmp_path: Path) -> None:
+    raw = data / "train.parquet"
+    for options, wanted in (
+        (["--cross-min-count", 5], (5, None, None)),
+        (["--cross-max-size", 7, "--cross-min-count", 2], (2, 7, None)),
+        (["--cross-hash-size", 50], (1, None, 50)),
+    ):
+        out = tmp_path / str(options[0]).removeprefix("--")
+        code, shown, err = call("prepare", raw, "--out", out, *given(data), *options)
+        assert code == 0, err
+        assert "\n8 fields, " in shown
+        crosses = Store.open(out).encoder.schema.crosses
+        assert [f.name for f in crosses] == ["user*city", "user*age", "city*age"]
+        assert {(f.min_count, f.max_size, f.hash_size) for f in crosses} == {wanted}
+    train = ["train", raw, "--model", "dnn", *given(data), *settings(), "--epochs", 1]
+    code, _, err = call(*train, "--stream", "--cross-hash-size", 50, "--cross-memory-mb", 1, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert [f.hash_size for f in artifact.load(tmp_path / "run").schema.crosses] == [50] * 3
+    wide = ["--set", "model.embedding.dim=999", "--cross-min-count", 1, "--cross-memory-mb", 0.5]
+    select = ["select", *train[1:], "--method", "outrank", "--top", 3, "--no-curve"]
+    of_store = ["train", tmp_path / "cross-min-count", "--model", "dnn"]
+    for words, message in (
+        ([*train, "--cross-min-count", 1, "--cross-memory-mb", 0.01], r"crosses are too large.*\(cross_memory_mb\)"),
+        ([*train, *wide], r"the crosses have .* MB in training .*\(cross_memory_mb\)"),
+        ([*select, *wide], r"the crosses have .* MB in training .*\(cross_memory_mb\)"),
+        ([*train, "--cross-min-count", 2, "--cross-hash-size", 5], "hash_size learns no vocabulary"),
+        ([*train, "--cross-max-size", 0], "cross_max_size is 0"),
+        ([*of_store, "--cross-min-count", 5, "--cross-max-size", 3], "leave cross_min_count, cross_max_size out, or prepare"),
+    ):
+        refused(call, tmp_path, words, message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import pytest
 import torch
 
 from ctrlib.embedding import RowDtype
-from ctrlib.experiment import DataOptions, train
-from ctrlib.memory import cross_memory, table_memory
+from ctrlib.experiment import DataOptions, check_cross_memory, train
+from ctrlib.memory import TableMemory, cross_memory, model_cross_memory, table_memory
+from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.optinter import OptInter
+from ctrlib.models.presets import PRESETS, preset
 from ctrlib.optim import OptimizerConfig, build_optimizer
 from ctrlib.schema import BatchLayout, DataError, SparseColumn
 from ctrlib.table import EmbeddingTable
 from tests.clicks import SCHEMA, clicks, tiny
+from tests.models.small import LAYOUT, shrunk, with_crosses
+
+CROSSED = with_crosses(LAYOUT)
 
 EVERY: list[dict[str, Any]] = [
     *({"embedding": e} for e in ("sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "rowwise_adam", "adam")),
@@ -74,21 +81,47 @@ def test_only_crosses_count() -> None:
     config = OptimizerConfig(embedding="dense")
     memory = cross_memory(layout, 10, config)
     assert (memory.rows, memory.weights, memory.gradient, memory.state) == (370, 14800, 14800, 29600)
-    assert memory.total == 4 * 14800  # the weights, their gradient, and two moments
+    assert memory.best == 2 * 14800
+    assert memory.total == 6 * 14800  # the weights, their gradient, two moments, and the best weights so far twice
     assert cross_memory(layout, 10, config, dims={"a*c": 4, "a": 99}).weights == 4 * (300 * 10 + 70 * 4)
     assert cross_memory(layout, 10, OptimizerConfig(embedding="sgd"), row_dtype="bfloat16").weights == 7400
 
 
+def test_of_a_model_all_its_rows_of_crosses_count() -> None:
+    config, crosses = OptimizerConfig(embedding="dense"), CROSSED.sparse[3:]
+    rows = sum(c.vocab_size for c in crosses)
+
+    def taken(model: ModelComponent.Config) -> TableMemory:
+        with torch.device("meta"):
+            return model_cross_memory(build_model(model, CROSSED), CROSSED, config)
+
+    assert taken(preset("dnn")) == cross_memory(CROSSED, preset("dnn").embedding.dim, config)
+    assert taken(preset("fm")).weights == 4 * rows * (preset("fm").embedding.dim + 1)  # first-order weights
+    mixture = preset("optinter")
+    assert isinstance(mixture, OptInter.Config)
+    assert taken(mixture).weights == 4 * rows * mixture.pair_dim  # not the width of its fields
+    assert taken(preset("optinter_f")).total == 0  # crosses that it does not read
+    some = replace(mixture, choices={"user*hour": "memorize"})
+    assert taken(some).rows == next(c.vocab_size for c in crosses if c.name == "user*hour")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_model_can_be_measured_before_it_takes_memory(name: str) -> None:
+    config = shrunk(preset(name))
+    with torch.device("meta"):
+        measured = model_cross_memory(build_model(config, CROSSED), CROSSED, OptimizerConfig())
+    assert measured == model_cross_memory(build_model(config, CROSSED), CROSSED, OptimizerConfig())
+
+
 PEAK = """
-import json, sys
+import json
 import torch
 from ctrlib.batch import Batch
-from ctrlib.losses import total_loss
 from ctrlib.memory import cross_memory
 from ctrlib.models.ctr import build_model
 from ctrlib.experiment import configure
-from ctrlib.optim import build_optimizer
 from ctrlib.schema import BatchLayout, SparseColumn
+from ctrlib.training import fit
 
 def status(name):
     with open("/proc/self/status") as file:
@@ -99,13 +132,13 @@ def peak(layout, config):
         file.write("5")  # forget the peak so far
     before = status("VmRSS")
     model = build_model(config.model, layout)
-    optimizer = build_optimizer(model, config.fit.optimizer)
+    batches = []
     for _ in range(3):
         ids = torch.stack([torch.randint(1, c.vocab_size, (64,)) for c in layout.sparse], 1).int()
-        batch = Batch(sparse=ids, dense=torch.zeros(64, 0), labels=torch.ones(64, 1))
-        optimizer.zero_grad()
-        total_loss(model(batch), batch).backward()
-        optimizer.step()
+        labels = (torch.rand(64, 1) < 0.9).float()
+        batches.append(Batch(sparse=ids, dense=torch.zeros(64, 0), labels=labels))
+    result = fit(model, batches, batches, config.fit)
+    assert result.best_epoch == 3  # better every time, so the best weights were replaced
     return status("VmHWM") - before
 
 plain = (SparseColumn("a", 2000, "a"), SparseColumn("b", 2000, "b"))
@@ -113,6 +146,7 @@ crossed = (*plain, SparseColumn("a*b", 600_000, "a*b", ("a", "b")))
 found = {}
 for embedding in ("dense", "adagrad", "lazy_adam"):
     options = {"model.embedding.dim": "16", "fit.optimizer.embedding": embedding, "model.interaction.hidden_units": "8"}
+    options |= {"fit.epochs": "3", "fit.monitor": "log_loss"}
     config = configure("dnn", options=options)
     peak(BatchLayout(sparse=plain), config)  # what torch allocates once
     rest = peak(BatchLayout(sparse=plain), config)
@@ -130,6 +164,21 @@ def test_the_real_peak_is_within_a_tenth_of_the_prediction() -> None:
     assert set(found) == {"dense", "adagrad", "lazy_adam"}
     for embedding, (taken, predicted) in found.items():
         assert taken == pytest.approx(predicted, rel=0.1), embedding
+
+
+def test_a_limit_of_ones_own(tmp_path: Path) -> None:
+    crossed = DataOptions(schema=SCHEMA.with_crosses([("user", "city")]), cross_memory_mb=0.2)
+    with pytest.raises(DataError, match=r"take [\d,]+ MB in training.*allowed are 0 MB \(cross_memory_mb\)"):
+        train(clicks(300, 0), tiny(model__embedding__dim="999"), tmp_path / "run", crossed)  # few values, but wide
+    assert list(tmp_path.iterdir()) == []
+    train(clicks(300, 0), tiny(fit__epochs="1"), tmp_path / "run", crossed)
+
+
+def test_crosses_that_a_model_does_not_read_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlib.experiment.half_of_free_mb", lambda: 1e-3)
+    check_cross_memory(preset("optinter_f"), CROSSED, OptimizerConfig())
+    with pytest.raises(DataError, match="the crosses have"):
+        check_cross_memory(preset("optinter_m"), CROSSED, OptimizerConfig())
 
 
 def test_training_is_refused_where_the_crosses_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

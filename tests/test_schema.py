@@ -247,6 +247,16 @@ def test_crosses(tmp_path: Path) -> None:
     assert '{"name": "user*age", "kind": "cross", "of": ["user", "age"], "hash_size": 9}' in text
 
 
+def test_all_means_all_that_have_none() -> None:
+    schema = CROSSED.with_crosses([("age", "user")], hash_size=9).with_crosses(min_count=4)
+    assert [(f.name, f.hash_size, f.min_count) for f in schema.crosses] == [
+        ("user*age", 9, 1),
+        ("user*hour", None, 4),
+        ("hour*age", None, 4),
+    ]
+    assert schema.with_crosses() == schema
+
+
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
@@ -256,9 +266,10 @@ def test_crosses(tmp_path: Path) -> None:
         (("user", "huor"), "no field 'huor'; did you mean 'hour'"),
         (("user", "user*hour"), r"crosses 'user\*hour', which is not a field of categories"),
         (("hour", "user"), r"names column 'user\*hour' twice"),
+        (("user", "hour", "age"), r"of is \['user', 'hour', 'age'\]; expected the names of two different fields"),
     ],
 )
-def test_what_cannot_be_crossed(pair: tuple[str, str], message: str) -> None:
+def test_what_cannot_be_crossed(pair: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         CROSSED.with_crosses([("user", "hour")]).with_crosses([pair])
 

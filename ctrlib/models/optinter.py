@@ -17,7 +17,7 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.base import Axes, evaluating
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import Head, ModelComponent, initialize
-from ctrlib.schema import BatchLayout, FieldLayout, suggest
+from ctrlib.schema import BatchLayout, DataError, FieldLayout, suggest
 
 Choice = Literal["memorize", "factorize", "naive"]
 Relaxation = Literal["softmax", "gumbel", "straight_through"]
@@ -49,11 +49,19 @@ def field_pairs(layout: BatchLayout, fields: tuple[str, ...] | None = None) -> t
     Args:
         layout: of the batches.
         fields: only these, crosses among them; ``None``: all.
+
+    Raises:
+        DataError: two pairs have one name, as ``a`` and ``b*c``, and ``a*b`` and ``c`` have.
     """
     columns = [c for c in layout.sparse if fields is None or c.name in fields]
     crosses = {frozenset(c.parts): c.name for c in columns if c.parts is not None}
     names = [c.name for c in columns if c.parts is None]
-    return tuple(FieldPair(a, b, crosses.get(frozenset((a, b)))) for a, b in combinations(names, 2))
+    pairs = tuple(FieldPair(a, b, crosses.get(frozenset((a, b)))) for a, b in combinations(names, 2))
+    called = [p.name for p in pairs]
+    if len(set(called)) < len(called):
+        twice = next(name for name in called if called.count(name) > 1)
+        raise DataError(f"two pairs of fields would both be called {twice!r}; rename a field that has a '*' in its name")
+    return pairs
 
 
 class OptInter(ModelComponent):

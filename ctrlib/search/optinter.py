@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from ctrlib.config import ConfigError, check_choice, check_not_negative, positiv
 from ctrlib.data.loader import Loader
 from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.experiment import check_cross_memory
 from ctrlib.models.ctr import ModelComponent, build_model
-from ctrlib.models.optinter import CHOICES, Choice, OptInter
+from ctrlib.models.optinter import CHOICES, Choice, FieldPair, OptInter
 from ctrlib.optim import build_optimizer
 from ctrlib.schema import BatchLayout, DataError
 from ctrlib.search.passes import Stepper, train_pass
@@ -24,6 +26,8 @@ from ctrlib.search.selection import Selection
 from ctrlib.training import FitConfig, evaluate, seed_everything
 
 Method = Literal["joint", "bilevel", "random"]
+
+_log = logging.getLogger("ctrlib")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +61,7 @@ class OptInterConfig:
         positive("optinter.passes", self.passes)
         positive("optinter.learning_rate", self.learning_rate)
         positive("optinter.floor", self.floor)
-        if self.start < self.floor:
+        if not self.start >= self.floor:
             raise ConfigError(
                 f"optinter.start is {self.start}, below optinter.floor, {self.floor}; the temperature only falls: "
                 "raise start, or lower floor"
@@ -105,14 +109,15 @@ def search_optinter(
 
     Returns:
         ``pairs``: the choices; ``scores``: by how much the better of memorize and factorize is ahead of naive, in logits (0 if
-        naive was not on offer); ``model``: the config with these choices. ``report``: ``settings``, ``seconds``, ``steps``,
-        ``passes`` (mean loss, seconds of training, temperature, choices, validation AUC of each), ``logits`` and ``margins`` by
-        pair (a margin is how far the best choice is ahead of the second), ``choices`` (how many of each), ``parameters`` of the
-        mixture and of the model to re-train.
+        naive was not on offer; pairs that could only be naive have none); ``model``: the config with these choices. ``report``:
+        ``settings``, ``seconds``, ``steps``, ``passes`` (mean loss, seconds of training, temperature, choices, validation AUC
+        of each), ``logits`` and ``margins`` by pair (a margin is how far the best choice is ahead of the second), ``choices``
+        (how many of each), ``parameters`` of the mixture and of the model to re-train.
 
     Raises:
         ConfigError: another model, choices made already, or memorize on offer and no cross in the data.
-        DataError: fewer than two categorical fields; several passes, and validation rows of one label only.
+        DataError: fewer than two categorical fields; crosses that take more than the free memory; several passes, and
+            validation rows of one label only.
         TrainingDivergedError: a loss is not finite.
     """
     started = time.perf_counter()
@@ -123,6 +128,9 @@ def search_optinter(
         )
     if model.choices is not None:
         raise ConfigError("the model's choices are made already; set choices to None (the preset 'optinter') to search them")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        check_cross_memory(model, layout, fit.optimizer)
     seed_everything(seed)
     net = cast(OptInter, build_model(model, layout))
     if net.logits is None:
@@ -142,9 +150,18 @@ def search_optinter(
         passes: list[dict[str, Any]] = []
         steps = 0
     else:
-        passes, steps = _search(net, store, config, fit, batch_size, seed)
+        spread = float(net.logits.detach().std())
+        passes, steps = _search(net.to(device), store, config, fit, batch_size, seed)
+        if config.learning_rate * steps < spread:
+            _log.warning(
+                "optinter: %d steps of at most %g leave the logits about where they were drawn (with standard deviation %.2g), "
+                "so chance made the choices; raise learning_rate, as OptInterConfig.few_steps() does",
+                steps,
+                config.learning_rate,
+                spread,
+            )
     choices = net.best()
-    chosen = replace(model, choices=choices)
+    chosen = _with_choices(model, net.pairs, choices)
     with torch.device("meta"):
         smaller = _parameters(cast(OptInter, build_model(chosen, layout)))
     logits_PO = net.logits.detach().masked_fill(net.closed, -math.inf).cpu()
@@ -153,7 +170,11 @@ def search_optinter(
         method="optinter",
         encoder_hash=store.encoder.hash,
         pairs=choices,
-        scores=dict(zip(names, _ahead_of_naive(logits_PO, net.operations), strict=True)),
+        scores={
+            name: score
+            for name, score in zip(names, _ahead_of_naive(logits_PO, net.operations), strict=True)
+            if math.isfinite(score)
+        },
         model=chosen,
         report={
             "settings": {**asdict(config), "batch_size": batch_size, "seed": seed, "optimizer": to_json(fit.optimizer)},
@@ -177,7 +198,6 @@ def _search(
 ) -> tuple[list[dict[str, Any]], int]:
     """Train the mixture; it ends with the logits to choose by. Returns what the report says of each pass, and the steps."""
     assert net.logits is not None
-    net.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     train = Loader(store.split("train"), batch_size, shuffle=True, seed=seed)
     valid = Loader(store.split("valid"), 8192) if config.passes > 1 and "valid" in store.rows else None
     optimizer = build_optimizer(net, fit.optimizer, without=[net.logits])
@@ -260,6 +280,20 @@ def _margins(logits_PO: Tensor) -> list[float | None]:
     return [m if math.isfinite(m) else None for m in (first_P - second_P).tolist()]
 
 
+def _unread(pairs: Sequence[FieldPair], choices: Mapping[str, Choice]) -> set[str]:
+    """The crosses that are not memorised."""
+    return {p.cross for p in pairs if p.cross is not None and choices[p.name] != "memorize"}
+
+
+def _with_choices(model: OptInter.Config, pairs: Sequence[FieldPair], choices: Mapping[str, Choice]) -> OptInter.Config:
+    """The config with choices; it also fits data without the crosses that it does not read."""
+    fields = model.embedding.fields
+    if fields is not None:
+        unread = _unread(pairs, choices)
+        fields = tuple(name for name in fields if name not in unread)
+    return replace(model, embedding=replace(model.embedding, fields=fields), choices=choices)
+
+
 def compact_optinter(model: OptInter, layout: BatchLayout) -> tuple[OptInter, BatchLayout]:
     """A mixture reduced to its choices: the same function of what it reads, with only the parts that they need.
 
@@ -279,13 +313,9 @@ def compact_optinter(model: OptInter, layout: BatchLayout) -> tuple[OptInter, Ba
     if model.logits is None:
         raise ConfigError("only a mixture (choices=None) can be made compact; this model has only what its choices need")
     choices = model.best()
-    unread = {p.cross for p in model.pairs if p.cross is not None and choices[p.name] != "memorize"}
+    unread = _unread(model.pairs, choices)
     smaller_layout = replace(layout, sparse=tuple(c for c in layout.sparse if c.name not in unread))
-    fields = model.config.embedding.fields
-    embedding = replace(
-        model.config.embedding, fields=None if fields is None else tuple(name for name in fields if name not in unread)
-    )
-    config = replace(model.config, embedding=embedding, choices=choices)
+    config = _with_choices(model.config, model.pairs, choices)
     small = cast(OptInter, build_model(config, smaller_layout)).to(model.logits.device)
     small.train(model.training)
     small.embedding.load_state_dict(model.embedding.state_dict())

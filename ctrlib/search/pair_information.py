@@ -33,7 +33,7 @@ def pair_information(store: Store, *, label: str | None = None) -> dict[str, Pai
     """The information of every pair of categorical fields, from the training rows; one pair in memory at a time.
 
     Args:
-        store: of ids; rare values count as one, OOV. Its crosses are not needed.
+        store: of ids; rare values count as one, OOV. Its crosses are not needed, and its row weights are not read.
         label: which one; ``None``: the only one.
 
     Raises:
@@ -70,9 +70,14 @@ def information_by_choice(
     """Means over the pairs of each choice, as in the paper's Figure 5: of the observed and of the corrected information.
 
     A choice that no pair has is left out.
+
+    Raises:
+        DataError: a pair of ``pairs`` is not in ``information``.
     """
     members: dict[Choice, list[PairInformation]] = {}
     for name, choice in pairs.items():
+        if name not in information:
+            raise DataError(f"there is no information on the pair {name!r}{suggest(name, information)}")
         members.setdefault(choice, []).append(information[name])
     return {
         choice: (math.fsum(m.information for m in found) / len(found), math.fsum(m.corrected for m in found) / len(found))

@@ -23,10 +23,10 @@ from ctrlib.batch import Batch, Ragged
 from ctrlib.config import ConfigError, override, positive, to_json
 from ctrlib.data.loader import Loader
 from ctrlib.data.store import Store
-from ctrlib.experiment import DataOptions, RunConfig, open_store, train
+from ctrlib.experiment import DataOptions, RunConfig, check_cross_memory, open_store, train
 from ctrlib.files import json_text, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
-from ctrlib.models.optinter import OptInter
+from ctrlib.models.optinter import OptInter, field_pairs
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import BatchLayout, DataError, suggest
 from ctrlib.search.auto_field import AutoFieldConfig, search_auto_field
@@ -163,12 +163,14 @@ def select(
     try:
         store = _three_splits(data, target, options or DataOptions())
         settled = config.for_rows(store.rows["train"])
+        full = replace(settled, model=_unselected(config.model, store.encoder.layout))
+        if options is not None and options.cross_memory_mb is not None:
+            check_cross_memory(full.model, store.encoder.layout, full.fit.optimizer, options.cross_memory_mb)
         first = _search(method, chosen, store, settled, target, first_seed)
     except (ConfigError, DataError):
         if not (target / "selection").is_dir():
             shutil.rmtree(target)
         raise
-    full = replace(settled, model=_unselected(config.model))
     seed_list = range(first_seed, first_seed + seeds)
     selections: list[Selection] = []
     before: list[dict[str, Any]] = []
@@ -354,11 +356,13 @@ def _same(path: Path, wanted: Mapping[str, Any], otherwise: str) -> None:
         raise ConfigError(f"{otherwise} (see {path}); choose another folder, or remove it")
 
 
-def _unselected(model: ModelComponent.Config) -> ModelComponent.Config:
-    """The model to compare with: OptInter with every pair memorised, any other as it is."""
-    if isinstance(model, OptInter.Config) and model.choices is None:
-        return replace(model, choices="memorize" if "memorize" in model.operations else "factorize")
-    return model
+def _unselected(model: ModelComponent.Config, layout: BatchLayout) -> ModelComponent.Config:
+    """The model to compare with: OptInter with every pair memorised that has a cross, any other as it is."""
+    if not isinstance(model, OptInter.Config) or model.choices is not None:
+        return model
+    other: Choice = "factorize" if "factorize" in model.operations else "naive"
+    memorize, pairs = "memorize" in model.operations, field_pairs(layout, model.embedding.fields)
+    return replace(model, choices={p.name: "memorize" if memorize and p.cross is not None else other for p in pairs})
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
 from ctrlib.data.vocabulary import HashBuckets, Vocabulary
 from ctrlib.experiment import DataOptions, prepare, train
+from ctrlib.models.optinter import field_pairs
 from ctrlib.schema import CrossField, DataError, DenseField, Schema, SequenceField, SparseColumn, SparseField
 from tests.clicks import SCHEMA as CLICKS
 from tests.clicks import clicks, tiny, write
@@ -277,6 +279,39 @@ def test_a_full_disk_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(DataError, match=r"counting crosses needs room in .*missing.*name another folder in .* TMPDIR"):
         Encoder.fit(ABC.with_crosses(), random_rows(50))
+
+
+def test_a_disk_that_fills_up_is_an_error_and_no_crash() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # what is left to write is too much for closing, too
+    try:
+        with pytest.raises(DataError, match="counting crosses needs room in"):
+            Encoder.fit(ABC.with_crosses(), random_rows(1500))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_crossed_is_what_the_model_pairs() -> None:
+    """The released code of OptInter crosses 13 numbers and 13 categories on Criteo, and its network pairs the 26 categories."""
+    numbers = tuple(DenseField(name=f"I{i}") for i in range(3))
+    categories = tuple(SparseField(name=f"C{i}") for i in range(4))
+    r = np.random.default_rng(0)
+    columns: dict[str, Any] = {f"I{i}": r.random(400) for i in range(3)}
+    columns |= {f"C{i}": r.integers(0, 3 + i, 400) for i in range(4)}
+    rows = pa.table({**columns, "y": r.integers(0, 2, 400)})
+    encoder = Encoder.fit(Schema(fields=(*numbers, *categories), labels=("y",)).with_crosses(), rows)
+    layout, sparse = encoder.layout, encoder.transform(rows).sparse
+    at = {c.name: i for i, c in enumerate(layout.sparse)}
+    pairs = field_pairs(layout)
+    assert [p.name for p in pairs] == ["C0*C1", "C0*C2", "C0*C3", "C1*C2", "C1*C3", "C2*C3"]
+    assert {p.cross for p in pairs} == {c.name for c in layout.sparse if c.parts is not None}
+    for pair in pairs:
+        assert pair.cross is not None
+        both = set(zip(columns[pair.left].tolist(), columns[pair.right].tolist(), strict=True))
+        with_id = zip(
+            columns[pair.left].tolist(), columns[pair.right].tolist(), sparse[:, at[pair.cross]].tolist(), strict=True
+        )
+        assert len(set(with_id)) == len(both) == len(set(sparse[:, at[pair.cross]].tolist()))  # one id, one pair of raw values
 
 
 def test_a_cross_without_any_frequent_pair_has_its_oov_only() -> None:

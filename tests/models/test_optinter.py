@@ -19,7 +19,7 @@ from ctrlib.metrics import auc
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import CHOICES, Choice, OptInter, field_pairs
 from ctrlib.models.presets import COMPONENTS, optinter
-from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
+from ctrlib.schema import BatchLayout, DataError, DenseColumn, SequenceColumn, SparseColumn
 from tests.models.small import LAYOUT, awake, crossed, rows, with_crosses
 from tests.reference.mlp import layer_norm, linear
 from tests.reference.optinter import logit_gradient, mixture
@@ -212,6 +212,13 @@ def test_data_without_crosses() -> None:
     with pytest.raises(ConfigError, match=r"'user\*hour' is to be memorised"):
         model(SOME, choices="memorize")
     assert not model(SOME).probabilities()[1:, 0].any()
+
+
+def test_pairs_of_one_name_are_refused() -> None:
+    layout = BatchLayout(tuple(SparseColumn(name, 5, name) for name in ("a", "b*c", "a*b", "c")))
+    with pytest.raises(DataError, match=r"two pairs of fields would both be called 'a\*b\*c'; rename"):
+        field_pairs(layout)
+    assert field_pairs(layout, ("a", "b*c", "c"))[0].name == "a*b*c"
 
 
 def test_no_pairs_is_a_plain_network() -> None:

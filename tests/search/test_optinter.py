@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ import ctrlib.search.optinter as search
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.source import open_source
+from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import DataOptions, RunConfig, prepare, train
 from ctrlib.interactions.mlp import MLP
@@ -218,6 +221,59 @@ def test_without_crosses_or_with_some() -> None:
     assert found.report["logits"]["f0*f2"][0] is None
 
 
+def test_a_list_of_fields_loses_the_crosses_that_are_not_memorised() -> None:
+    hand = store()
+    model = replace(small(), embedding=replace(small().embedding, fields=hand.layout.names))
+    found = search_optinter(model, hand.store(), FEW, fit=FIT, batch_size=100, seed=0)
+    memorised = [name for name, choice in (found.pairs or {}).items() if choice == "memorize"]
+    assert len(memorised) < 6
+    kept = replace(hand.layout, sparse=tuple(c for c in hand.layout.sparse if c.parts is None or c.name in memorised))
+    assert found.model is not None
+    for layout in (kept, hand.layout):
+        built = build_model(found.model, layout)
+        assert sum(p.numel() for p in built.parameters()) == found.report["parameters"]["chosen"]
+
+
+def test_data_with_every_kind_of_field(tmp_path: Path) -> None:
+    rows = {f"c{i}": [f"v{(n * (i + 3)) % 7}" for n in range(300)] for i in range(2)}
+    columns: dict[str, Any] = {**rows, "x": [n / 7 for n in range(300)], "y": [n % 3 == 0 for n in range(300)]}
+    schema = Schema(
+        fields=(SparseField(name="c0"), SparseField(name="c1"), DenseField(name="x", encoding="piecewise", num_bins=4)),
+        labels=("y",),
+    )
+    table = open_source(pa.table(columns))
+    made = Store.create(tmp_path / "store", Encoder.fit(schema.with_crosses(), table), {"train": table})
+    found = search_optinter(small(), made, FEW, fit=FIT, batch_size=50, seed=0)
+    assert list(found.pairs or {}) == ["c0*c1"]
+
+
+def test_pairs_that_can_only_be_naive_have_no_score() -> None:
+    hand = store()
+    one = HandStore(
+        replace(hand.layout, sparse=hand.layout.sparse[:5]),
+        {"train": replace(hand.splits["train"], sparse=hand.splits["train"].sparse[:, :5])},
+    )
+    found = searched(one, operations=("memorize", "naive"))
+    assert list(found.scores) == ["f0*f1"]
+    assert [(found.pairs or {})[name] for name in NOISE] == ["naive"] * 5
+
+
+def test_too_few_steps_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="ctrlib"):
+        searched(store(), FEW, batch_size=20)
+        searched(store(), OptInterConfig(method="random"))
+        assert not caplog.records
+        searched(store(), OptInterConfig())
+    assert "6 steps of at most 3e-05 leave the logits about where they were drawn" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the memory of the CPU")
+def test_crosses_that_do_not_fit_are_refused_before_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlib.experiment.half_of_free_mb", lambda: 1e-3)
+    with pytest.raises(DataError, match="the crosses have 294 values, which take"):
+        searched(store())
+
+
 def test_errors() -> None:
     hand = store()
     with pytest.raises(ConfigError, match="needs an OptInter model, not CTRModel; take the preset 'optinter'"):
@@ -238,6 +294,7 @@ def test_errors() -> None:
         ({"floor": 0.0}, "floor is 0"),
         ({"rate": -1.0}, "rate is -1"),
         ({"start": 0.001}, "start is 0.001, below optinter.floor, 0.01"),
+        ({"start": float("nan")}, "start is nan"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:

@@ -57,6 +57,8 @@ def test_means_by_choice() -> None:
     information["b*c"] = PairInformation(4.0, 3.0, 3, 0.0)
     means = information_by_choice(information, {"a*b": "memorize", "a*c": "naive", "b*c": "memorize"})
     assert means == {"memorize": (2.5, 1.75), "naive": (2.0, 1.0)}
+    with pytest.raises(DataError, match=r"no information on the pair 'c\*b'"):
+        information_by_choice(information, {"c*b": "naive"})
 
 
 def test_which_label() -> None:

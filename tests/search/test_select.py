@@ -301,6 +301,18 @@ def test_optfs_starts_from_its_rewound_weights(plain: Store, tmp_path: Path, mon
     assert all(torch.equal(starts["after"][name], wanted[name]) for name in wanted)
 
 
+def test_crosses_of_some_pairs(tmp_path: Path) -> None:
+    store = click_store(tmp_path, ("train", "valid", "test"), SCHEMA.with_crosses([("user", "city")], min_count=3))
+    case = CASES["optinter"]
+    report = select(store, case.run, tmp_path / "out", method="optinter", settings=case.settings, seeds=1, curve=False)
+    assert read(tmp_path / "out" / "before" / "seed-0" / "config.json")["model"]["choices"] == {
+        "user*city": "memorize",
+        "user*age": "factorize",
+        "city*age": "factorize",
+    }
+    assert report["compact_difference"] <= 1e-6
+
+
 def test_the_curve_names_what_it_needs(plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'ctrlib\[search\]', or leave the curve out"):
