@@ -452,7 +452,11 @@ def test_a_selection_of_another_schema_is_refused_and_stays_as_it_is(call: Call,
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == found
 
 
-def test_ctrl_c_in_a_selection(call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_a_selection(
+    call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ctrlib")
+
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -462,10 +466,13 @@ def test_ctrl_c_in_a_selection(call: Call, data: Path, tmp_path: Path, monkeypat
         patched.setattr(selecting, "train", interrupted)
         code, out, err = call(*words)
     assert (code, out) == (130, "")
-    assert f"interrupted; the same call goes on from what is finished in {tmp_path / 'out'}" in err
+    assert f"interrupted; the same call goes on from what is finished in {tmp_path / 'out'}" in caplog.text
     assert "Traceback" not in err
     assert entries(tmp_path / "out" / "selection") == ["seed-0"]
+    assert "outrank, seed 0: search" in caplog.text
+    caplog.clear()
     code, out, err = call(*words)
     assert code == 0, err
-    assert "search" not in err  # which was finished
+    assert "training before/seed-0" in caplog.text
+    assert "search" not in caplog.text  # which was finished
     assert not re.search(r"[\r\x1b\x07]", out + err)

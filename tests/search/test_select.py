@@ -72,7 +72,9 @@ def config(model: str = "dnn") -> RunConfig:
 @pytest.fixture(autouse=True)
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches do not depend on them, and handing over the tiny ones of here takes longer than all else."""
-    monkeypatch.setitem(Loader.__init__.__kwdefaults__, "workers", 0)
+    defaults = Loader.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "workers", 0)
 
 
 @pytest.fixture(scope="module")
