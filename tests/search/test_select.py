@@ -77,6 +77,12 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(defaults, "workers", 0)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves as numbers alone."""
+    monkeypatch.setattr(selecting, "_draw", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Guarded:
     return click_store(tmp_path_factory.mktemp("plain"), ("train", "valid", "test"))
@@ -164,6 +170,7 @@ def test_the_curve_and_raw_rows(tmp_path: Path) -> None:
     assert "± nan" not in (out / "report.md").read_text(encoding="utf-8")  # one seed has no spread
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_curve_of_penalties_goes_on_without_what_nothing_is_left_of(
     plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +510,7 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     assert part.is_dir()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_curve_of_pairs(crossed: Store, tmp_path: Path) -> None:
     case = CASES["optinter"]
     select(crossed, case.run, tmp_path / "out", method="optinter", settings=case.settings, seeds=1)
@@ -511,6 +519,7 @@ def test_the_curve_of_pairs(crossed: Store, tmp_path: Path) -> None:
     assert points["all naive"] < points["all factorize"] < points["before"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_curve_goes_on_after_ctrl_c_and_leaves_out_what_diverges(
     plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
