@@ -103,8 +103,16 @@ class RunConfig:
             positive("memory_mb", self.memory_mb)
 
     def for_rows(self, rows: int) -> RunConfig:
-        """The same with ``batch_size`` and the L2 settled for so many training rows (and ``ridge`` 0, since it is in them)."""
+        """The same with ``batch_size`` and the L2 settled for so many training rows (and ``ridge`` 0, since it is in them).
+
+        Raises:
+            ConfigError: a batch would have a single row.
+        """
         batch_size = self.batch_size or min(max(2 ** round(math.log2(max(rows / 256, 1))), 256), 4096)
+        if min(batch_size, rows) == 1:
+            raise ConfigError(
+                "a training batch would have a single row, which has no statistics; give more rows, or batch_size=2"
+            )
         optimizer = self.fit.optimizer
         optimizer = replace(optimizer, embedding_l2=optimizer.embedding_l2 + self.ridge / rows)
         return replace(self, batch_size=batch_size, ridge=0.0, fit=replace(self.fit, optimizer=optimizer))
@@ -298,7 +306,7 @@ def train(
             raise ConfigError(
                 f"embedding.frozen names {frozen!r}, which has no pretrained vectors; set pretrained.{frozen}=FILE"
             )
-    device = _device(config.device)
+    device = torch_device(config.device)
     with new_folder(out) as part:
         return _train(data, config, part, options, name, seed, device, start)
 
@@ -318,8 +326,6 @@ def _train(
     labels = encoder.schema.labels
     config = config.for_rows(row_counts["train"])
     assert config.batch_size is not None
-    if min(config.batch_size, row_counts["train"]) == 1:
-        raise ConfigError("a training batch would have a single row, which has no statistics; give more rows, or batch_size=2")
     write_json(part / "config.json", _run_config(name, seed, config))
 
     if device.type == "cpu" or options.cross_memory_mb is not None:
@@ -498,7 +504,12 @@ def open_store(data: object, scratch: Path, options: DataOptions) -> Store:
     return store
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device of :attr:`RunConfig.device`.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but this torch sees no CUDA GPU; set device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -52,6 +52,14 @@ def check_new_folder(target: str | Path) -> None:
     _claim(Path(target)).rmdir()
 
 
+def discard_unfinished(target: str | Path) -> None:
+    """Remove what was left of an unfinished :func:`new_folder`, weights too, by a process that is gone or by this one."""
+    target = Path(target)
+    part = target.with_name(target.name + ".part")
+    if (part / WRITER).is_file() and _writer(part) in (None, os.getpid()):
+        shutil.rmtree(part)
+
+
 def _claim(target: Path) -> Path:
     if target.exists():
         raise DataError(f"{target} exists already; choose another folder, or remove it")
@@ -71,10 +79,15 @@ def _clear(part: Path) -> None:
         raise DataError(f"{part} holds the weights of a run that was not finished; move or remove it")
     if not (part / WRITER).is_file():
         raise DataError(f"{part} is in the way, and not an unfinished folder of ours; move or remove it")
-    text = (part / WRITER).read_text()
-    if text.isdecimal() and _alive(int(text)):
+    if _writer(part) is not None:
         raise DataError(f"{part.name.removesuffix('.part')}: another process is writing it; choose another folder, or wait")
     shutil.rmtree(part)
+
+
+def _writer(part: Path) -> int | None:
+    """The process that writes the folder, while it lives."""
+    text = (part / WRITER).read_text()
+    return int(text) if text.isdecimal() and _alive(int(text)) else None
 
 
 def _alive(process: int) -> bool:

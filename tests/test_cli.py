@@ -20,6 +20,7 @@ import torch
 from ctrlib import artifact, cli, experiment
 from ctrlib.data.store import Store
 from ctrlib.models.presets import PRESETS
+from ctrlib.search import select as selecting
 from tests.clicks import SCHEMA, TINY, clicks, csv_text, write
 
 Call = Callable[..., tuple[int, str, str]]
@@ -436,3 +437,75 @@ def test_crosses(call: Call, data: Path, tmp_path: Path) -> None:
         ([*of_store, "--cross-min-count", 5, "--cross-max-size", 3], "leave cross_min_count, cross_max_size out, or prepare"),
     ):
         refused(call, tmp_path, words, message)
+
+
+def test_bad_selections_are_one_line_and_leave_nothing(
+    call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(model: str, *more: object) -> list[object]:
+        small = [f"--set={path}={value}" for path, value in {"model.embedding.dim": 4, "batch_size": 64}.items()]
+        return ["select", data / "train.parquet", "--model", model, "--no-curve", *small, *given(data), *more]
+
+    everything = ["--method", "optfs", *(f"--option={o}" for o in ("penalty=1", "learning_rate=0.05", "epochs=2"))]
+    for bad, message in (
+        (words("dnn", *everything), "OptFS closed the gates of all .* lower it"),
+        (words("auto_fm", "--method", "autofis", "--option", "c=10"), r"AutoFIS closed all 10 pairs .* lower auto_fis\.c"),
+        (words("dnn", "--method", "gbdt", "--top", 2, "--option", "label=clik"), "the data has no label 'clik'"),
+        (words("dnn", "--method", "outrank", "--top", 2, '--set=model.embedding.fields=["usr"]'), "did you mean 'user'"),
+        (words("dnn", "--method", "permutation", "--top", 2, "--set=device=cuda"), "this torch sees no CUDA GPU"),
+        (words("dnn", "--method", "permutation", "--top", 2, "--set=fit.optimizer.learning_rate=1e38"), "training diverged"),
+    ):
+        refused(call, tmp_path, bad, message)
+    monkeypatch.setattr("ctrlib.data.crosses.half_of_free_mb", lambda: 1e-3)
+    pairs = words("optinter", "--method", "optinter", "--cross-min-count", 1)
+    refused(call, tmp_path, pairs, "(?i)cross.* MB.*min_count")
+
+
+def test_a_selection_of_another_schema_is_refused_and_stays_as_it_is(call: Call, data: Path, tmp_path: Path) -> None:
+    words = ["--model", "dnn", *settings(), "--epochs", 1, "--seeds", 1, "--method", "outrank", "--top", 2, "--no-curve"]
+    out = tmp_path / "out"
+    call("prepare", data / "train.parquet", "--out", tmp_path / "store", *given(data))
+    code, _, err = call("select", tmp_path / "store", *words, "--out", out)
+    assert code == 0, err
+    found = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    other = tmp_path / "other.json"
+    other.write_text(
+        json.dumps({"labels": ["label"], "fields": [{"name": n, "kind": "sparse"} for n in ("user", "city", "age")]})
+    )
+    inputs = ["--schema", other, "--valid", data / "valid.parquet", "--test", data / "test.parquet"]
+    call("prepare", data / "train.parquet", "--out", tmp_path / "another", *inputs)
+    for rows, more, message in (
+        (tmp_path / "another", [], "holds a selection on other data"),
+        (data / "train.parquet", inputs, "holds a selection with other settings, or of other data"),
+        (tmp_path / "store", ["--schema", other], "was made with another schema"),
+    ):
+        code, printed, err = call("select", rows, *words, *more, "--out", out)
+        assert (code, printed, err.count("error: ")) == (2, "", 1), err
+        assert message in err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == found
+
+
+def test_ctrl_c_in_a_selection(
+    call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ctrlib")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["select", data / "train.parquet", "--model", "dnn", *given(data), *settings(), "--epochs", 1, "--seeds", 1]
+    words += ["--method", "outrank", "--top", 2, "--no-curve", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(selecting, "train", interrupted)
+        code, out, err = call(*words)
+    assert (code, out) == (130, "")
+    assert f"interrupted; the same call goes on from what is finished in {tmp_path / 'out'}" in caplog.text
+    assert "Traceback" not in err
+    assert entries(tmp_path / "out" / "selection") == ["seed-0"]
+    assert "outrank, seed 0: search" in caplog.text
+    caplog.clear()
+    code, out, err = call(*words)
+    assert code == 0, err
+    assert "training before/seed-0" in caplog.text
+    assert "search" not in caplog.text  # which was finished
+    assert not re.search(r"[\r\x1b\x07]", out + err)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError, positive, to_json
 from ctrlib.data.loader import Loader
+from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.store import Store
 from ctrlib.losses import total_loss
 from ctrlib.models.ctr import ModelComponent, build_model
@@ -23,7 +24,7 @@ from ctrlib.optim import build_optimizer
 from ctrlib.schema import DataError
 from ctrlib.search.field_gates import FieldGates
 from ctrlib.search.passes import train_pass
-from ctrlib.search.ranking import Top, best_fields, check_top
+from ctrlib.search.ranking import Top, best_fields, check_top, number_to_keep
 from ctrlib.search.selection import Selection
 from ctrlib.training import FitConfig, TrainingDivergedError, seed_everything
 
@@ -80,6 +81,7 @@ def search_auto_field(
     fit: FitConfig,
     batch_size: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Give every field two logits a_f (keep, drop), learn them beside the weights, and keep the fields most worth keeping.
 
@@ -99,6 +101,7 @@ def search_auto_field(
         fit: its ``optimizer`` and ``precision`` are those of the weights; the rest is for re-training.
         batch_size: of both parts of the rows.
         seed: of weights, noise, order of rows and their two parts.
+        device: where the model is trained.
 
     Raises:
         ConfigError: ``top`` larger than the number of fields.
@@ -108,12 +111,14 @@ def search_auto_field(
     # NOTE[DIFF] the paper updates the logits on validation rows, which then could neither stop nor compare what follows
     # NOTE[DIFF] released ports move τ in every forward pass, also of evaluations; here it is moved by the loop, once a step
     started = time.perf_counter()
+    number_to_keep(store.encoder.schema, config.top)  # too many should not come out only after training
     seed_everything(seed)
     layout, split = store.encoder.layout, store.split("train")
     weight_rows, arch_rows = _two_parts(split.num_rows, config.arch_share, seed)
-    rows = Loader(split, batch_size, shuffle=True, seed=seed, rows=weight_rows)
-    arch = _endless(Loader(split, batch_size, shuffle=True, seed=seed, rows=arch_rows))
-    built = build_model(model, layout)
+    memory_mb = half_of_free_mb() / 2  # for each of the two
+    rows = Loader(split, batch_size, shuffle=True, seed=seed, memory_mb=memory_mb, rows=weight_rows)
+    arch = _endless(Loader(split, batch_size, shuffle=True, seed=seed, memory_mb=memory_mb, rows=arch_rows))
+    built = build_model(model, layout).to(device)
     controller = _Controller(built, layout.names, arch, config)
     optimizer = build_optimizer(built, fit.optimizer)
     epochs: list[dict[str, Any]] = []
@@ -190,12 +195,13 @@ class _Controller:
 def _two_parts(num_rows: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the rows for the weights, and of a random ``share`` for the field logits."""
     count = round(num_rows * share)
-    if not 0 < count < num_rows - 1:
+    if not 2 <= count <= num_rows - 2:  # a batch of one row has no statistics
         raise DataError(
-            f"{num_rows} training rows cannot be parted at {share}; expected some for the field logits and two for the "
-            "weights: give more rows or another auto_field.arch_share"
+            f"{num_rows} training rows cannot be parted at {share}; expected two or more for the field logits and for the "
+            "weights each: give more rows or another auto_field.arch_share"
         )
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    dtype = torch.int32 if num_rows < 2**31 else torch.int64  # the same permutation in half the memory
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     return order[count:].sort().values, order[:count].sort().values
 
 

@@ -20,7 +20,7 @@ from ctrlib.data.store import Store
 from ctrlib.interactions.auto_fis import AutoFIS
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.optim import build_optimizer
-from ctrlib.schema import BatchLayout
+from ctrlib.schema import BatchLayout, DataError
 from ctrlib.search.passes import train_pass
 from ctrlib.search.selection import Choice, Selection
 from ctrlib.training import FitConfig, seed_everything
@@ -111,6 +111,7 @@ def search_auto_fis(
     fit: FitConfig,
     batch_size: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Train a model and the weights α of its pairs together, α by :class:`GRDA`, and drop the pairs whose weight is zero.
 
@@ -124,14 +125,23 @@ def search_auto_fis(
         fit: its ``optimizer`` and ``precision`` are those of the other parameters; the rest is for re-training.
         batch_size: rows a step.
         seed: of weights and order of rows.
+        device: where the model is trained.
 
     Raises:
         ConfigError: the model has no such block, or several, or its α is not trained; every pair was closed.
+        DataError: the data has crosses.
         TrainingDivergedError: a loss is not finite.
     """
     started = time.perf_counter()
+    layout = store.encoder.layout
+    crosses = [c.name for c in layout.sparse if c.parts is not None]
+    if crosses:
+        raise DataError(
+            f"AutoFIS weighs products of fields; a cross ({', '.join(crosses[:3])}) bears the name of such a pair; expected "
+            "data without crosses: leave them out, or choose among crosses with optinter"
+        )
     seed_everything(seed)
-    built = build_model(model, store.encoder.layout)
+    built = build_model(model, layout).to(device)
     block = auto_fis_block(built)
     if not block.alpha_P.requires_grad:
         raise ConfigError("AutoFIS.learn_alpha is False, so there is nothing to search; set it to True")

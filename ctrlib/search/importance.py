@@ -26,7 +26,7 @@ from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.progress import track
 from ctrlib.schema import BatchLayout, DataError
 from ctrlib.search.field_gates import field_embeddings
-from ctrlib.search.ranking import Top, best_fields, check_top
+from ctrlib.search.ranking import Top, best_fields, check_top, number_to_keep
 from ctrlib.search.screening import label_column
 from ctrlib.search.selection import Selection
 from ctrlib.training import FitConfig, evaluate, fit, seed_everything
@@ -190,6 +190,7 @@ def search_permutation(
     fit: FitConfig,
     batch_size: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Train a model, rank the fields by :func:`permutation_scores` on the validation rows, and keep the best.
 
@@ -201,13 +202,16 @@ def search_permutation(
         config: see :class:`PermutationConfig`.
         fit, batch_size: of the training.
         seed: of the model, of the order of rows, and of the permutations.
+        device: where the model is trained.
 
     Raises:
         DataError: the store has no validation rows.
         ConfigError: ``top`` larger than the number of fields.
+        KeyboardInterrupt: Ctrl-C, also while the model trains: half a training ranks nothing.
     """
     started = time.perf_counter()
-    trained, report = _trained(model, store, fit, batch_size, seed)
+    number_to_keep(store.encoder.schema, config.top)
+    trained, report = _trained(model, store, fit, batch_size, seed, device)
     layout = store.encoder.layout
     found = permutation_scores(trained, store.split("valid"), layout, metric=config.metric, repeats=config.repeats, seed=seed)
     scores = {name: statistics.fmean(values) for name, values in found.items()}
@@ -224,13 +228,15 @@ def search_gradient(
     fit: FitConfig,
     batch_size: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Train a model, rank the fields by :func:`gradient_scores` on the validation rows, and keep the best.
 
     Arguments and errors are those of :func:`search_permutation`.
     """
     started = time.perf_counter()
-    trained, report = _trained(model, store, fit, batch_size, seed)
+    number_to_keep(store.encoder.schema, config.top)
+    trained, report = _trained(model, store, fit, batch_size, seed, device)
     scores = gradient_scores(trained, store.split("valid"), store.encoder.layout)
     return _selection("gradient", store, scores, config.top, config, report, started)
 
@@ -253,9 +259,10 @@ def search_gbdt(store: Store, config: GBDTConfig, *, seed: int) -> Selection:
     Raises:
         ConfigError: neither LightGBM nor scikit-learn is installed (or not the one that is asked for); no such label; ``top``
             larger than the number of fields.
-        DataError: all labels are the same.
+        DataError: all labels are the same, or no tree split the rows.
     """
     started = time.perf_counter()
+    number_to_keep(store.encoder.schema, config.top)
     engine = _engine(config.engine)
     layout, split = store.encoder.layout, store.split("train")
     column = label_column(layout, config.label)
@@ -269,7 +276,12 @@ def search_gbdt(store: Store, config: GBDTConfig, *, seed: int) -> Selection:
     w_N = np.ones(len(y_N)) if batch.weight is None else batch.weight.numpy().astype(np.float64)
     x_NF = _features(layout, batch, y_N, w_N, config, np.random.default_rng(seed))
     gain = (_lightgbm_gain if engine == "lightgbm" else _sklearn_gain)(x_NF, y_N, w_N, config, seed)
-    scores = dict(zip(layout.names, (gain / max(gain.sum(), np.finfo(np.float64).tiny)).tolist(), strict=True))
+    if not gain.sum() > 0:
+        raise DataError(
+            f"no tree split the {len(y_N)} rows, so all fields would rank alike; give more rows, another gbdt.engine, or rank "
+            "them by outrank"
+        )
+    scores = dict(zip(layout.names, (gain / gain.sum()).tolist(), strict=True))
     report = {"engine": engine, "rows": len(y_N), "label": layout.labels[column]}
     return _selection("gbdt", store, scores, config.top, config, report, started)
 
@@ -372,7 +384,12 @@ def _summed_loss(output: Output, batch: Batch) -> Tensor:
 
 
 def _trained(
-    model: ModelComponent.Config, store: Store, config: FitConfig, batch_size: int, seed: int
+    model: ModelComponent.Config,
+    store: Store,
+    config: FitConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
 ) -> tuple[ModelComponent, dict[str, Any]]:
     """The model, trained, and what a report says of that."""
     if "valid" not in store.rows:
@@ -381,10 +398,12 @@ def _trained(
             "prepare it with some"
         )
     seed_everything(seed)
-    built = build_model(model, store.encoder.layout)
+    built = build_model(model, store.encoder.layout).to(device)
     rows = Loader(store.split("train"), batch_size, shuffle=True, seed=seed)
     valid = Loader(store.split("valid"), max(batch_size, _BATCH_ROWS))
     result = fit(built, rows, valid, config, title="to be explained", label_names=store.encoder.layout.labels)
+    if result.interrupted:  # Ctrl-C, which ends only the training
+        raise KeyboardInterrupt
     return built, {"training_seconds": result.seconds, "epochs": result.epochs, "valid": result.metrics}
 
 
@@ -419,16 +438,13 @@ def _features(
     """[N, F], in the order of ``layout.names``, without NaN."""
     fold_N = rng.permutation(len(y_N)) % config.folds
     every_N = np.arange(len(y_N))
-    columns = [
-        _label_rates(batch.sparse[:, i].numpy(), every_N, c.vocab_size, y_N, w_N, fold_N, config)
-        for i, c in enumerate(layout.sparse)
-    ]
+    columns = [_label_rates(batch.sparse[:, i].numpy(), every_N, y_N, w_N, fold_N, config) for i in range(len(layout.sparse))]
     columns += [batch.dense[:, i].numpy().astype(np.float64) for i in range(len(layout.dense))]
     for column in layout.sequences:
         ragged = batch.sequences[column.name]
         lengths = ragged.offsets.diff().numpy()
         row = np.repeat(every_N, lengths)
-        rates = _label_rates(ragged.values.numpy(), row, column.vocab_size, y_N, w_N, fold_N, config)
+        rates = _label_rates(ragged.values.numpy(), row, y_N, w_N, fold_N, config)
         sums = np.bincount(row, rates, minlength=len(y_N))
         columns.append(np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan))
     return np.stack([_gaps_lowest(column) for column in columns], axis=1)
@@ -437,15 +453,16 @@ def _features(
 def _label_rates(
     ids_M: npt.NDArray[np.int32],
     row_M: npt.NDArray[np.int64],
-    size: int,
     y_N: Floats,
     w_N: Floats,
     fold_N: npt.NDArray[np.int64],
     config: GBDTConfig,
 ) -> Floats:
     """[M]: the smoothed label rate of each id in the folds other than its row's."""
+    present, id_M = np.unique(ids_M, return_inverse=True)  # of a large vocabulary, few ids
+    size = len(present)
     fold_M = fold_N[row_M]
-    at_M = fold_M * size + ids_M
+    at_M = fold_M * size + id_M
     rows_KV = np.bincount(at_M, w_N[row_M], minlength=config.folds * size).reshape(config.folds, size)
     clicks_KV = np.bincount(at_M, (w_N * y_N)[row_M], minlength=config.folds * size).reshape(config.folds, size)
     rows_KV, clicks_KV = rows_KV.sum(axis=0) - rows_KV, clicks_KV.sum(axis=0) - clicks_KV

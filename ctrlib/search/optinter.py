@@ -92,7 +92,14 @@ class OptInterConfig:
 
 
 def search_optinter(
-    model: ModelComponent.Config, store: Store, config: OptInterConfig, *, fit: FitConfig, batch_size: int, seed: int
+    model: ModelComponent.Config,
+    store: Store,
+    config: OptInterConfig,
+    *,
+    fit: FitConfig,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> Selection:
     """Train the mixture of all choices, and take the strongest of every pair.
 
@@ -106,6 +113,7 @@ def search_optinter(
         fit: ``optimizer`` and ``precision`` are those of the weights of the mixture; the rest is not read.
         batch_size: rows a step.
         seed: of initial weights, noise and the order of rows.
+        device: where the mixture is trained.
 
     Returns:
         ``pairs``: the choices; ``scores``: by how much the better of memorize and factorize is ahead of naive, in logits (0 if
@@ -128,8 +136,7 @@ def search_optinter(
         )
     if model.choices is not None:
         raise ConfigError("the model's choices are made already; set choices to None (the preset 'optinter') to search them")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    if torch.device(device).type == "cpu":
         check_cross_memory(model, layout, fit.optimizer)
     seed_everything(seed)
     net = cast(OptInter, build_model(model, layout))

@@ -21,8 +21,23 @@ def check_top(name: str, top: Top) -> None:
         raise ConfigError(f"{name} is {top!r}; expected a number of fields from 1 up, or a share above 0 and up to 1.0")
 
 
+def number_to_keep(schema: Schema, top: Top) -> int:
+    """``top`` as a number of fields; a search asks before it begins.
+
+    Raises:
+        ConfigError: ``top`` is more than there are.
+    """
+    total = len(schema.fields)
+    if isinstance(top, int) and top > total:
+        raise ConfigError(f"top is {top}, but the data has {total} fields; expected at most so many")
+    return top if isinstance(top, int) else math.ceil(top * total - 1e-9)
+
+
 def best_fields(schema: Schema, scores: Mapping[str, float], top: Top) -> tuple[str, ...]:
     """The fields with the highest scores, in the order of the schema; of equal ones the first.
+
+    A cross is made of the ids of two fields and cannot be kept without them. So a field is ranked by its own score or that of
+    the best cross it is part of, whichever is higher, and before that cross.
 
     Args:
         schema: of the data.
@@ -34,13 +49,16 @@ def best_fields(schema: Schema, scores: Mapping[str, float], top: Top) -> tuple[
         DataError: a score is not a number.
     """
     names = [f.name for f in schema.fields]
-    if isinstance(top, int) and top > len(names):
-        raise ConfigError(f"top is {top}, but the data has {len(names)} fields; expected at most so many")
+    count = number_to_keep(schema, top)
     for name in names:
         if math.isnan(scores[name]):
             raise DataError(f"the score of field {name!r} is not a number; check its values, or take more rows")
-    count = top if isinstance(top, int) else math.ceil(top * len(names) - 1e-9)
-    kept = set(sorted(names, key=lambda name: -scores[name])[:count])
+    worth = {name: scores[name] for name in names}
+    for cross in schema.crosses:
+        for part in cross.of:
+            worth[part] = max(worth[part], scores[cross.name])
+    crosses = {cross.name for cross in schema.crosses}
+    kept = set(sorted(names, key=lambda name: (-worth[name], name in crosses))[:count])
     return tuple(name for name in names if name in kept)
 
 

@@ -24,7 +24,7 @@ from ctrlib.data.loader import Loader
 from ctrlib.data.store import Store
 from ctrlib.progress import track
 from ctrlib.schema import BatchLayout, DataError, suggest
-from ctrlib.search.ranking import Top, best_fields, check_top
+from ctrlib.search.ranking import Top, best_fields, check_top, number_to_keep
 from ctrlib.search.selection import Selection
 
 Noise = Literal["none", "shift", "permute", "exact"]
@@ -201,12 +201,15 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     # NOTE[DIFF] the released code makes one 0/1 field out of every value of a list; here a field has one score
     # NOTE[DIFF] it ranks 3MR's three families by mutual information without correction; here all three have the same noise off
     started = time.perf_counter()
+    schema = store.encoder.schema
+    if config.top is not None:
+        number_to_keep(schema, config.top)
     layout, split = store.encoder.layout, store.split("train")
     column = label_column(layout, config.label)
     rng = np.random.default_rng(seed)
     tally = _Tally(layout.names, config)
-    chosen = torch.arange(0, split.num_rows, config.subsampling)
-    blocks = Loader(split, config.block_rows, rows=chosen)
+    some = None if config.subsampling == 1 else torch.arange(0, split.num_rows, config.subsampling)
+    blocks = Loader(split, config.block_rows, rows=some)
     used = 0
     with track("outrank", len(blocks), "blocks") as tracker:
         for batch in blocks:
@@ -218,18 +221,16 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
             tracker.advance(1)
 
     scores = tally.medians("score")
-    controls = {name: scores.pop(name) for name in tally.controls}
     z = tally.medians("z")
     report: dict[str, Any] = {
         "settings": to_json(config),
         "label": layout.labels[column],
         "rows": used,
         "blocks": tally.blocks,
-        "plain": {name: value for name, value in tally.medians("plain").items() if name not in controls},
-        "z": {name: value for name, value in z.items() if name not in controls},
-        "controls": controls,
+        "plain": tally.medians("plain"),
+        "z": z,
+        "controls": tally.controls,
     }
-    schema = store.encoder.schema
     order = sorted(layout.names, key=lambda name: -scores[name])
     if config.redundancy:
         redundancy_FF, relation_FF = tally.pairs()
@@ -238,13 +239,14 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
         best = sorted(tally.relation_of_pairs(), key=lambda pair: -pair[1])[:_PAIRS_REPORTED]
         report |= {"order": order, "relation": dict(best)}
     if config.top is None:
-        bar = max(controls.values())
+        bar = max(tally.controls.values())
         passed = {name for name in layout.names if z[name] > 3 and scores[name] > bar}
         if not passed:
             raise DataError(
                 f"no field tells more of {layout.labels[column]!r} than noise does (z above 3, score above {bar:.2g}); "
                 "give more rows, or set outrank.top to keep the best fields all the same"
             )
+        passed |= {name for cross in schema.crosses if cross.name in passed for name in cross.of}
         kept = tuple(f.name for f in schema.fields if f.name in passed)
     else:
         place = {name: -float(i) for i, name in enumerate(order)}
@@ -272,9 +274,9 @@ class _Tally:
 
     def __init__(self, names: Sequence[str], config: OutRankConfig) -> None:
         self._names, self._config = tuple(names), config
-        self.controls = (*(f"random_{size}" for size in _CONTROLS), "row_number")
         self.blocks = 0
-        self._found: dict[str, list[Relevance]] = {name: [] for name in (*names, *self.controls)}
+        self._found: dict[str, list[Relevance]] = {name: [] for name in names}
+        self._noise: dict[str, list[float]] = {name: [] for name in (*(f"random_{size}" for size in _CONTROLS), "row_number")}
         self._pairs = list(combinations(range(len(names)), 2)) if config.redundancy else []
         self._times_P = np.zeros(len(self._pairs), dtype=np.int64)
         self._redundancy: dict[tuple[int, int], list[float]] = {}
@@ -291,8 +293,8 @@ class _Tally:
             if row is None:
                 plain[name] = x
         random = [rng.integers(0, size, len(y_N)) for size in _CONTROLS]
-        for name, codes in zip(self.controls, [*random, rows], strict=True):
-            self._found[name].append(_relevance(_dense_codes(codes), y_N, rows, noise, twins_RN))
+        for scores, codes in zip(self._noise.values(), [*random, rows], strict=True):
+            scores.append(_relevance(_dense_codes(codes), y_N, rows, noise, twins_RN).score)
         self.blocks += 1
 
         least = np.argsort(self._times_P, kind="stable")[: self._config.max_pairs]
@@ -308,8 +310,13 @@ class _Tally:
             self._relation.setdefault((i, j), []).append(_relevance(both, y_N, rows, noise, twins_RN).score)
 
     def medians(self, what: Literal["score", "plain", "z"]) -> dict[str, float]:
-        """By field and control, over the blocks."""
+        """By field, over the blocks."""
         return {name: float(np.median([getattr(r, what) for r in found])) for name, found in self._found.items()}
+
+    @property
+    def controls(self) -> dict[str, float]:
+        """The medians of the scores of noise."""
+        return {name: float(np.median(scores)) for name, scores in self._noise.items()}
 
     def pairs(self) -> tuple[Floats, Floats]:
         """Redundancy and relation, [F, F], NaN where not known."""

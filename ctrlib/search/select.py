@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations, islice
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 from ctrlib import artifact
 from ctrlib.batch import Batch, Ragged
 from ctrlib.config import ConfigError, override, positive, to_json
+from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader
+from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
-from ctrlib.experiment import DataOptions, RunConfig, check_cross_memory, open_store, train
-from ctrlib.files import json_text, write_json, write_text
+from ctrlib.experiment import DataOptions, RunConfig, check_cross_memory, open_store, torch_device, train
+from ctrlib.files import discard_unfinished, json_text, new_folder, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import OptInter, field_pairs
 from ctrlib.models.presets import COMPONENTS
-from ctrlib.schema import BatchLayout, DataError, suggest
+from ctrlib.schema import BatchLayout, DataError, Schema, suggest
 from ctrlib.search.auto_field import AutoFieldConfig, search_auto_field
 from ctrlib.search.auto_fis import AutoFISConfig, auto_fis_block, search_auto_fis, without_closed_pairs
 from ctrlib.search.field_gates import FieldGates
@@ -45,10 +48,12 @@ from ctrlib.search.optinter import OptInterConfig, compact_optinter, search_opti
 from ctrlib.search.ranking import Top, best_fields, kendall_tau
 from ctrlib.search.screening import OutRankConfig, search_outrank
 from ctrlib.search.selection import Choice, Derived, Selection, apply_to_store, compact, derive
-from ctrlib.training import predict, seed_everything
+from ctrlib.training import TrainingDivergedError, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 _VERIFIED_ROWS = 4 * 8192
+_ROUNDING = 1e-4  # logits that differ by more do not differ by rounding
+_NAMED = 12  # pairs or vocabularies in a line of the report
 # what the curve shows beside the selection itself
 _SHARES = (0.25, 0.5, 0.75)  # of the fields
 _STRENGTHS = (0.1, 0.3, 3.0)  # of a penalty, times its own
@@ -63,19 +68,30 @@ class Method:
         options: its config.
         search: model, store, options, run, seed → what is kept.
         keeps: what it chooses among.
+        trains: a model, to search with.
     """
 
     options: type[Any]
     search: Callable[[ModelComponent.Config, Store, Any, RunConfig, int], Selection]
     keeps: Literal["fields", "values", "pairs"]
+    trains: bool = True
 
 
 def _with_model(search: Callable[..., Selection]) -> Callable[[ModelComponent.Config, Store, Any, RunConfig, int], Selection]:
     def run(model: ModelComponent.Config, store: Store, options: Any, config: RunConfig, seed: int) -> Selection:
         assert config.batch_size is not None
-        return search(model, store, options, fit=config.fit, batch_size=config.batch_size, seed=seed)
+        device = torch_device(config.device)
+        return search(model, store, options, fit=config.fit, batch_size=config.batch_size, seed=seed, device=device)
 
     return run
+
+
+def _outrank(_: ModelComponent.Config, store: Store, options: OutRankConfig, __: RunConfig, seed: int) -> Selection:
+    return search_outrank(store, options, seed=seed)
+
+
+def _gbdt(_: ModelComponent.Config, store: Store, options: GBDTConfig, __: RunConfig, seed: int) -> Selection:
+    return search_gbdt(store, options, seed=seed)
 
 
 METHODS: Mapping[str, Method] = {
@@ -85,8 +101,8 @@ METHODS: Mapping[str, Method] = {
     "autofield": Method(AutoFieldConfig, _with_model(search_auto_field), "fields"),
     "permutation": Method(PermutationConfig, _with_model(search_permutation), "fields"),
     "gradient": Method(GradientConfig, _with_model(search_gradient), "fields"),
-    "outrank": Method(OutRankConfig, lambda _, store, options, __, seed: search_outrank(store, options, seed=seed), "fields"),
-    "gbdt": Method(GBDTConfig, lambda _, store, options, __, seed: search_gbdt(store, options, seed=seed), "fields"),
+    "outrank": Method(OutRankConfig, _outrank, "fields", trains=False),
+    "gbdt": Method(GBDTConfig, _gbdt, "fields", trains=False),
 }
 
 
@@ -149,66 +165,99 @@ def select(
         What ``report.json`` holds.
 
     Raises:
-        ConfigError: an unknown method or option, or one that does not fit the model; nothing would be kept; ``out`` holds a
-            selection with other settings or of other data; no matplotlib.
+        ConfigError: an unknown method or option, or one that does not fit the model; nothing would be kept; pretrained vectors,
+            which a search that trains a model would not have; ``out`` holds a selection with other settings or of other data;
+            no matplotlib.
         DataError: see :func:`ctrlib.experiment.train`; ``out`` is there and no selection; a split is missing.
 
-    After an error nothing is at ``out``, unless the search of a seed was finished there.
+    After an error there is nothing at ``out``, unless there was before, or the search of the first seed was finished there.
+    After Ctrl-C all that was finished stays, a store of raw rows too.
     """
+    options = options or DataOptions()
     chosen = method_options(method, top, settings)
     positive("seeds", seeds)
-    plot = _pyplot() if curve else None
+    torch_device(config.device)
+    if METHODS[method].trains:
+        _check_vectors(method, config)
+    figure = _figure() if curve else None
     target = Path(out)
-    _claim(target, {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config)})
-    try:
-        store = _three_splits(data, target, options or DataOptions())
+    asked = {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config)}
+    new = _claim(target, {**asked, "data": _described(data, options)})
+    with _unless_finished(target, new, first_seed):
+        store = _three_splits(data, target, options)
         settled = config.for_rows(store.rows["train"])
         full = replace(settled, model=_unselected(config.model, store.encoder.layout))
-        if options is not None and options.cross_memory_mb is not None:
+        if options.cross_memory_mb is not None:
             check_cross_memory(full.model, store.encoder.layout, full.fit.optimizer, options.cross_memory_mb)
-        first = _search(method, chosen, store, settled, target, first_seed)
-    except (ConfigError, DataError):
-        if not (target / "selection").is_dir():
-            shutil.rmtree(target)
-        raise
-    seed_list = range(first_seed, first_seed + seeds)
-    selections: list[Selection] = []
-    before: list[dict[str, Any]] = []
-    after: list[dict[str, Any]] = []
-    differences: list[float | None] = []
-    for seed in seed_list:
-        selection = first if seed == first_seed else _search(method, chosen, store, settled, target, seed)
-        folder = target / "before" / f"seed-{seed}"
-        selections.append(selection)
-        before.append(_run(store, full, folder, name, seed))
-        smaller = _Smaller(selection, store, target / f"kept-{seed}")
-        differences.append(_verified(target / "verified" / f"seed-{seed}.json", smaller, folder))
-        after.append(smaller.train(settled, target / "after" / f"seed-{seed}", name, seed))
-        smaller.remove()
+        _check_model(full, store.encoder)
+        seed_list = range(first_seed, first_seed + seeds)
+        selections: list[Selection] = []
+        before: list[dict[str, Any]] = []
+        after: list[dict[str, Any]] = []
+        differences: list[float | None] = []
+        for seed in seed_list:
+            selection = _search(method, chosen, store, settled, target, seed)
+            selections.append(replace(selection, weights=None))  # which may be large, and are only needed here
+            folder = target / "before" / f"seed-{seed}"
+            before.append(_run(store, full, folder, name, seed))
+            smaller = _Smaller(selection, store, target / f"kept-{seed}")
+            differences.append(_verified(target / "verified" / f"seed-{seed}.json", smaller, folder))
+            after.append(smaller.train(settled, target / "after" / f"seed-{seed}", name, seed))
+            smaller.remove()
 
-    report = {
-        "method": method,
-        "keeps": METHODS[method].keeps,
-        "model": name,
-        "seeds": list(seed_list),
-        "settings": to_json(chosen),
-        "kept": [_kept(selection, store) for selection in selections],
-        "agreement": _agreement(selections),
-        "before": _summary(before),
-        "after": _summary(after),
-        "gain": _paired(before, after),
-        "search_seconds": [selection.report["seconds"] for selection in selections],
-        "train_seconds": [run["seconds"] for run in before],
-        "compact_difference": None if None in differences else max(d for d in differences if d is not None),
-    }
-    write_json(target / "report.json", report)
-    write_text(target / "report.md", table(report))
-    if plot is not None:
-        points = list(_curve(method, chosen, selections[0], store, settled, target, name, first_seed))
-        points += [_point("before", before[0]), _point("after", after[0])]
-        write_json(target / "curve.json", points)
-        _draw(plot, points, target / "curve.png", f"{method}, {name}")
+        report = {
+            "method": method,
+            "keeps": METHODS[method].keeps,
+            "model": name,
+            "seeds": list(seed_list),
+            "settings": to_json(chosen),
+            "kept": [_kept(selection, store) for selection in selections],
+            "agreement": _agreement(selections),
+            "before": _summary(before),
+            "after": _summary(after),
+            "gain": _paired(before, after),
+            "search_seconds": [selection.report["seconds"] for selection in selections],
+            "train_seconds": [run["seconds"] for run in before],
+            "compact_difference": None if None in differences else max(d for d in differences if d is not None),
+        }
+        write_json(target / "report.json", report)
+        write_text(target / "report.md", table(report))
+        if figure is not None:
+            points = list(_curve(method, chosen, selections[0], store, settled, target, name, first_seed))
+            points += [_point("before", before[0]), _point("after", after[0])]
+            write_json(target / "curve.json", points)
+            _draw(figure, points, target / "curve.png", f"{method}, {name}")
     return report
+
+
+@contextmanager
+def _unless_finished(target: Path, new: bool, seed: int) -> Iterator[None]:
+    """After an error, remove a new folder in which there is nothing to go on from."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        searched = (target / "selection" / f"seed-{seed}").is_dir()
+        if new and not searched and not (interrupted and Store.is_store(target / "store")):
+            shutil.rmtree(target)
+        elif interrupted:
+            _log.info("interrupted; the same call goes on from what is finished in %s", target)
+        raise
+
+
+def _check_vectors(method: str, config: RunConfig) -> None:
+    names = dict.fromkeys([*config.pretrained, *config.model.embedding.frozen])
+    if names:
+        raise ConfigError(
+            f"{method} trains a model to search with, which would not have the pretrained vectors of {', '.join(names)}; leave "
+            "pretrained and model.embedding.frozen out, or rank the fields by outrank or gbdt, which train none"
+        )
+
+
+def _check_model(config: RunConfig, encoder: Encoder) -> None:
+    """Raise what building the model raises, before long work; nothing is allocated."""
+    with torch.device("meta"):
+        build_model(config.model, encoder.layout)
 
 
 def _three_splits(data: object, target: Path, options: DataOptions) -> Store:
@@ -226,14 +275,41 @@ def _three_splits(data: object, target: Path, options: DataOptions) -> Store:
 
 def _search(method: str, options: Any, store: Store, config: RunConfig, target: Path, seed: int) -> Selection:
     """What one seed keeps: searched for, unless that is done."""
-    folder = target / "selection" / f"seed-{seed}"
+
+    def find() -> Selection:
+        _log.info("%s, seed %d: search", method, seed)
+        selection = METHODS[method].search(config.model, store, options, config, seed)
+        # what cannot be applied, or built, is not to be found out after further training
+        derived = derive(selection, store.encoder)
+        _check_model(_of_what_is_left(config, selection, derived), derived.encoder)
+        return selection
+
+    return _once(target / "selection" / f"seed-{seed}", find)
+
+
+def _once(folder: Path, find: Callable[[], Selection]) -> Selection:
+    """What is saved in the folder; found and saved there, unless it is."""
     if folder.is_dir():
         return Selection.load(folder)
-    _log.info("%s, seed %d: search", method, seed)
-    selection = METHODS[method].search(config.model, store, options, config, seed)
-    selection.apply(store.encoder)  # what cannot be applied is not to be found out after further training
+    selection = find()
     selection.save(folder)
     return selection
+
+
+def _of_what_is_left(config: RunConfig, selection: Selection, derived: Derived) -> RunConfig:
+    """The run of the smaller model: what the config says of single fields and vocabularies, of those that are left."""
+    model, layout = selection.model or config.model, derived.encoder.layout
+    embedding = model.embedding
+    tables = dict.fromkeys([*(c.table for c in layout.sparse), *(c.table for c in layout.sequences)])
+    old = {table: derived.owners.get(table, table) for table in tables}
+    embedding = replace(
+        embedding,
+        fields=None if embedding.fields is None else tuple(name for name in embedding.fields if name in layout.names),
+        dims={table: embedding.dims[name] for table, name in old.items() if name in embedding.dims},
+        frozen=tuple(table for table, name in old.items() if name in embedding.frozen),
+    )
+    pretrained = {table: config.pretrained[name] for table, name in old.items() if name in config.pretrained}
+    return replace(config, model=replace(model, embedding=embedding), pretrained=pretrained)
 
 
 class _Smaller:
@@ -257,9 +333,9 @@ class _Smaller:
         done = _finished(out)
         if done is not None:
             return done
-        chosen = self.selection
-        start = None if chosen.weights is None else chosen.start(self.full.encoder)
-        return _run(self.rows(), replace(config, model=chosen.model or config.model), out, name, seed, start)
+        chosen, encoder = self.selection, self.full.encoder
+        start = None if chosen.weights is None else chosen.start(encoder)
+        return _run(self.rows(), _of_what_is_left(config, chosen, derive(chosen, encoder)), out, name, seed, start)
 
     def difference(self, before: Path) -> float | None:
         """The largest difference between logits of validation rows: of the whole model behind closed gates, and of the small
@@ -336,16 +412,43 @@ def _largest(a: nn.Module, rows_a: Iterable[Batch], b: nn.Module, rows_b: Iterab
     return float(np.abs(first - second).max())
 
 
-def _claim(target: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or see that what is in it is of this very selection."""
+def _claim(target: Path, settings: Mapping[str, Any]) -> bool:
+    """Make the folder (then it is new), or see that what is in it is of this very selection."""
     path = target / "select.json"
-    if not path.is_file():
-        if target.exists():
-            raise DataError(
-                f"{target} exists already, and is not a selection to go on with; choose another folder, or remove it"
-            )
-        target.mkdir(parents=True)
-    _same(path, settings, f"{target} holds a selection with other settings")
+    if path.is_file():
+        _same(path, settings, f"{target} holds a selection with other settings, or of other data")
+        return False
+    if target.exists():
+        raise DataError(f"{target} exists already, and is not a selection to go on with; choose another folder, or remove it")
+    with new_folder(target) as part:
+        write_json(part / path.name, settings)
+    return True
+
+
+def _described(data: object, options: DataOptions) -> dict[str, Any] | None:
+    """Which raw rows are encoded, and how; ``None`` of a store, which says so itself."""
+    if isinstance(data, Store) or (isinstance(data, str | Path) and Store.is_store(data)):
+        return None
+    said = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("stream", "cross_memory_mb")}
+    schema = options.schema if isinstance(options.schema, Schema | None) else Schema.load(options.schema)
+    return {
+        **said,
+        "label": options.labels,
+        "schema": None if schema is None else schema.to_json(),
+        "train": _whereabouts(data),
+        "valid": _whereabouts(options.valid),
+        "test": _whereabouts(options.test),
+    }
+
+
+def _whereabouts(rows: object) -> str | None:
+    """A path as it is found from anywhere; of rows in memory, what tells them apart at a glance."""
+    if rows is None:
+        return None
+    if isinstance(rows, str | Path):
+        return str(Path(rows).absolute())
+    source = open_source(rows)
+    return f"{source.num_rows} rows in memory, of {', '.join(source.types)}"
 
 
 def _same(path: Path, wanted: Mapping[str, Any], otherwise: str) -> None:
@@ -372,6 +475,8 @@ def _run(
     done = _finished(out)
     if done is not None:
         return done
+    discard_unfinished(out)  # of a call that was killed: this one trains from the start
+    _log.info("training %s", "/".join(out.parts[-2:]))
     report = train(store, config, out, name=name, seed=seed, start=start)
     if report["interrupted"]:  # it is not what the others are compared with
         shutil.rmtree(out)
@@ -387,34 +492,39 @@ def _finished(run: Path) -> dict[str, Any] | None:
     return report
 
 
+def _metric(run: Mapping[str, Any], split: str, name: str) -> float:
+    """NaN where it is undefined, which a file calls null."""
+    value = run[split][name]
+    return math.nan if value is None else float(value)
+
+
 def _kept(selection: Selection, store: Store) -> dict[str, Any]:
     """How much is kept, and of how much."""
     found: dict[str, Any] = {}
     if selection.fields is not None:
         found["fields"] = {"kept": len(selection.fields), "total": len(store.encoder.layout.names), "names": selection.fields}
     if selection.values is not None:
-        masks = list(selection.values.values())
-        found["values"] = {"kept": sum(int(m[1:].sum()) for m in masks), "total": sum(len(m) - 1 for m in masks)}
+        each = {name: {"kept": int(m[1:].sum()), "total": len(m) - 1} for name, m in selection.values.items()}  # 0: padding
+        total = {key: sum(counts[key] for counts in each.values()) for key in ("kept", "total")}
+        found["values"] = {**total, "vocabularies": each}
     if selection.pairs is not None:
-        counts = {choice: list(selection.pairs.values()).count(choice) for choice in ("memorize", "factorize", "naive")}
-        found["pairs"] = {**counts, "total": len(selection.pairs)}
+        names = {choice: [name for name, made in selection.pairs.items() if made == choice] for choice in get_args(Choice)}
+        counts = {choice: len(pairs) for choice, pairs in names.items()}
+        found["pairs"] = {**counts, "total": len(selection.pairs), "names": names}
     return found
 
 
 def _agreement(selections: Sequence[Selection]) -> dict[str, float]:
     """How far the seeds agree, on average over pairs of them."""
-    both = list(combinations(selections, 2))
-    if not both:
-        return {}
     found: dict[str, list[float]] = {}
-    for a, b in both:
+    for a, b in combinations(selections, 2):
         if a.fields is not None and b.fields is not None:
-            found.setdefault("fields (Jaccard)", []).append(_jaccard(set(a.fields), set(b.fields)))
+            kept_a, kept_b = set(a.fields), set(b.fields)
+            found.setdefault("fields (Jaccard)", []).append(len(kept_a & kept_b) / len(kept_a | kept_b))
         if a.values is not None and b.values is not None:
-            kept = [
-                {(name, i) for name, mask in s.values.items() for i in mask.nonzero()[0].tolist()} for s in (a, b) if s.values
-            ]
-            found.setdefault("values (Jaccard)", []).append(_jaccard(*kept))
+            in_both = sum(int((mask & b.values[name]).sum()) for name, mask in a.values.items())
+            in_one = sum(int((mask | b.values[name]).sum()) for name, mask in a.values.items())
+            found.setdefault("values (Jaccard)", []).append(in_both / in_one)
         if a.pairs is not None and b.pairs is not None:
             same = [choice == b.pairs[name] for name, choice in a.pairs.items()]
             found.setdefault("pairs (share alike)", []).append(statistics.fmean(same))
@@ -423,26 +533,24 @@ def _agreement(selections: Sequence[Selection]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def _jaccard(a: set[Any], b: set[Any]) -> float:
-    return len(a & b) / max(len(a | b), 1)
-
-
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds."""
-    test = {metric: _mean_std([run["test"][metric] for run in runs]) for metric in ("auc", "log_loss")}
+    test = {metric: _mean_std([_metric(run, "test", metric) for run in runs]) for metric in ("auc", "log_loss")}
     return {"test": test, "parameters": _mean_std([run["parameters"] for run in runs]), "runs": list(runs)}
 
 
 def _paired(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Gains in the test metrics, seed by seed."""
+    pairs = list(zip(before, after, strict=True))
     return {
-        metric: _mean_std([b["test"][metric] - a["test"][metric] for a, b in zip(before, after, strict=True)])
+        metric: _mean_std([_metric(b, "test", metric) - _metric(a, "test", metric) for a, b in pairs])
         for metric in ("auc", "log_loss")
     }
 
 
 def _mean_std(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else float("nan")}
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan  # of NaN, NaN, unlike `statistics.stdev`
+    return {"mean": statistics.fmean(values), "std": spread}
 
 
 def _curve(
@@ -454,15 +562,17 @@ def _curve(
         if (folder / "point.json").is_file():
             yield json.loads((folder / "point.json").read_text(encoding="utf-8"))
             continue
+        _log.info("curve: %s", label)
         try:
-            smaller = _Smaller(other(), store, folder / "store")
+            smaller = _Smaller(_once(folder / "selection", other), store, folder / "store")
             point = _point(label, smaller.train(config, folder / "run", name, seed))
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, TrainingDivergedError) as error:
             _log.info("%s is not in the curve: %s", label, error)
+            shutil.rmtree(folder, ignore_errors=True)
             continue
         write_json(folder / "point.json", point)
-        smaller.remove()
-        shutil.rmtree(folder / "run")
+        for part in ("selection", "store", "run"):  # of which the point is all that is needed
+            shutil.rmtree(folder / part, ignore_errors=True)
         yield point
 
 
@@ -484,7 +594,9 @@ def _variants(
 
 
 def _best(selection: Selection, store: Store, share: float) -> Selection:
-    return replace(selection, fields=best_fields(store.encoder.schema, selection.scores, share))
+    order = selection.report.get("order")  # of OutRank's 3MR, which is not that of the scores
+    scores = selection.scores if order is None else {name: -place for place, name in enumerate(order)}
+    return replace(selection, fields=best_fields(store.encoder.schema, scores, share))
 
 
 def _all_alike(selection: Selection, choice: Choice) -> Selection:
@@ -494,23 +606,24 @@ def _all_alike(selection: Selection, choice: Choice) -> Selection:
 
 
 def _point(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
-    return {"label": label, "parameters": run["parameters"], "valid_auc": run["valid"]["auc"]}
+    return {"label": label, "parameters": run["parameters"], "valid_auc": _metric(run, "valid", "auc")}
 
 
-def _pyplot() -> Any:
+def _figure() -> Any:
+    """The class of figures of matplotlib: without ``pyplot``, whose state is the caller's."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        import matplotlib.figure
     except ImportError as error:
         raise ConfigError("the curve needs matplotlib; pip install 'ctrlib[search]', or leave the curve out") from error
-    return pyplot
+    return matplotlib.figure.Figure
 
 
-def _draw(pyplot: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+def _draw(figure_class: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    figure = figure_class(figsize=(7, 4.5))
+    axes = figure.subplots()
     for point in points:
+        if point["valid_auc"] is None or math.isnan(point["valid_auc"]):  # of rows of one label
+            continue
         chosen = point["label"] in ("before", "after")
         axes.scatter(point["parameters"], point["valid_auc"], marker="s" if chosen else "o", color="C3" if chosen else "C0")
         axes.annotate(point["label"], (point["parameters"], point["valid_auc"]), xytext=(4, 4), textcoords="offset points")
@@ -518,7 +631,6 @@ def _draw(pyplot: Any, points: Sequence[Mapping[str, Any]], path: Path, title: s
     axes.grid(alpha=0.3)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-    pyplot.close(figure)
     part.replace(path)
 
 
@@ -526,9 +638,12 @@ def table(report: Mapping[str, Any]) -> str:
     """``report.md``: what was kept, sizes, metrics before and after."""
     text = f"# {report['method']}, {report['model']}, seeds {', '.join(map(str, report['seeds']))}\n\n"
     text += "| | parameters | test AUC | test log loss |\n|---|---|---|---|\n"
+    whole = report["before"]["parameters"]["mean"]
     for when in ("before", "after"):
         found = report[when]
-        cells = [f"{found['parameters']['mean']:,.0f}", *(_shown(found["test"][m]) for m in ("auc", "log_loss"))]
+        size = found["parameters"]["mean"]
+        share = "" if when == "before" else f" ({size / whole:.1%})"
+        cells = [f"{size:,.0f}{share}", *(_shown(found["test"][m]) for m in ("auc", "log_loss"))]
         text += f"| {when} | {' | '.join(cells)} |\n"
     text += f"| difference, seed by seed | | {' | '.join(_shown(report['gain'][m], '+') for m in ('auc', 'log_loss'))} |\n\n"
     for seed, kept in zip(report["seeds"], report["kept"], strict=True):
@@ -536,11 +651,14 @@ def table(report: Mapping[str, Any]) -> str:
     for name, value in report["agreement"].items():
         text += f"* agreement of the seeds, {name}: {value:.3f}\n"
     search, training = (statistics.fmean(report[f"{part}_seconds"]) for part in ("search", "train"))
-    text += f"* the search took {search:.1f} s, training the model before {training:.1f} s\n"
-    if report["compact_difference"] is not None:
-        text += (
-            f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}\n"
-        )
+    text += (
+        f"* the search took {search:.1f} s, {search / training:.2f} times as long as training the model before "
+        f"({training:.1f} s)\n"
+    )
+    difference = report["compact_difference"]
+    if difference is not None:
+        text += f"* logits of the small model differ from those of the gated one by at most {difference:.1e}"
+        text += "\n" if difference <= _ROUNDING else ", which is more than rounding: do not rely on it, and report the defect\n"
     return text
 
 
@@ -550,12 +668,24 @@ def kept_line(kept: Mapping[str, Any]) -> str:
     if "fields" in kept:
         parts.append(f"{kept['fields']['kept']} of {kept['fields']['total']} fields ({', '.join(kept['fields']['names'])})")
     if "values" in kept:
-        share = kept["values"]["kept"] / max(kept["values"]["total"], 1)
-        parts.append(f"{kept['values']['kept']:,} of {kept['values']['total']:,} values ({share:.1%})")
+        values = kept["values"]
+        each = [f"{name} {v['kept']:,} of {v['total']:,}" for name, v in values["vocabularies"].items()]
+        share = values["kept"] / max(values["total"], 1)
+        parts.append(f"{values['kept']:,} of {values['total']:,} values, {share:.1%} ({_listed(each)})")
     if "pairs" in kept:
-        counts = ", ".join(f"{kept['pairs'][choice]} {choice}" for choice in get_args(Choice))
-        parts.append(f"{kept['pairs']['total']} pairs: {counts}")
+        pairs = kept["pairs"]
+        each = [f"{pairs[choice]} {choice}{_in_brackets(choice, pairs['names'][choice])}" for choice in get_args(Choice)]
+        parts.append(f"{pairs['total']} pairs: {', '.join(each)}")
     return "; ".join(parts)
+
+
+def _in_brackets(choice: Choice, names: Sequence[str]) -> str:
+    return f" ({_listed(names)})" if names and choice != "naive" else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _shown(value: Mapping[str, float], sign: str = "") -> str:

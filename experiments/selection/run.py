@@ -1,8 +1,8 @@
 """OptFS and OptInter on real rows: ``python -m experiments.selection.run``.
 
-Each case is ``ctrlib select`` with 3 seeds, and beside it what the smaller model has to be compared with. Writes a JSON for every
-case into ``results/``, its curve beside it, and README.md. Runs are kept in ``--work``, so that the command goes on where it
-stopped. The settings of the searches were chosen by validation AUC with seed 0 (``--option``, ``--seeds 1`` of ``ctrlib
+Each case is ``ctrlib select`` with 3 seeds, and beside it what the smaller model has to be compared with. Writes a JSON for
+every case into ``results/``, its curve beside it, and README.md. Runs are kept in ``--work``, so that the command goes on where
+it stopped. The settings of the searches were chosen by validation AUC with seed 0 (``--option``, ``--seeds 1`` of ``ctrlib
 select``); test rows are read by the runs alone. Reads ``$CTRLIB_DATA`` (default ``../shared/data``).
 """
 
@@ -25,7 +25,6 @@ from ctrlib.cpu import tune_cpu
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import write_json
-from ctrlib.models.ctr import ModelComponent
 from ctrlib.models.optinter import OptInter
 from ctrlib.search.optfs import OptFSConfig, control_weights
 from ctrlib.search.optinter import OptInterConfig, search_optinter
@@ -64,9 +63,7 @@ class Case:
 def _frappe(folder: Path, cross_min_count: int | None) -> Store:
     raw = frappe.data()
     parts = {split: raw / f"{split}.parquet" for split in ("train", "valid", "test")}
-    options = DataOptions(
-        schema=raw / "schema.json", valid=parts["valid"], test=parts["test"], cross_min_count=cross_min_count
-    )
+    options = DataOptions(schema=raw / "schema.json", valid=parts["valid"], test=parts["test"], cross_min_count=cross_min_count)
     return prepare(parts["train"], folder, options)
 
 
@@ -154,7 +151,9 @@ def run(case: Case, work: Path) -> dict[str, Any]:
     for when in ("before", "after"):
         del report[when]["runs"]
     chosen = [Selection.load(work / "select" / "selection" / f"seed-{seed}") for seed in SEEDS]
-    rows |= (_against_optfs if case.method == "optfs" else _against_optinter)(case, store, config, chosen, work)
+    rows |= (
+        _against_optfs(case, store, config, chosen, work) if case.method == "optfs" else _against_optinter(store, config, work)
+    )
     return {"title": case.title, "report": report, "rows": {name: [_short(r) for r in runs] for name, runs in rows.items()}}
 
 
@@ -179,23 +178,20 @@ def _against_optfs(
     return rows
 
 
-def _against_optinter(
-    case: Case, store: Store, config: RunConfig, chosen: Sequence[Selection], work: Path
-) -> dict[str, list[dict[str, Any]]]:
+def _against_optinter(store: Store, config: RunConfig, work: Path) -> dict[str, list[dict[str, Any]]]:
     """All pairs alike, and choices drawn at random."""
     rows: dict[str, list[dict[str, Any]]] = {}
     assert config.batch_size is not None
     assert isinstance(config.model, OptInter.Config)
-    for seed, selection in zip(SEEDS, chosen, strict=True):
+    for seed in SEEDS:
         for choice in ("factorize", "naive"):
             model = replace(config.model, choices=choice)
             _add(rows, f"all {choice}", store, replace(config, model=model), work, seed)
         drawn = search_optinter(
             config.model, store, OptInterConfig(method="random"), fit=config.fit, batch_size=config.batch_size, seed=seed
         )
-        model_drawn: ModelComponent.Config | None = drawn.model
-        assert model_drawn is not None
-        _add(rows, "random choices", store, replace(config, model=model_drawn), work, seed)
+        assert drawn.model is not None
+        _add(rows, "random choices", store, replace(config, model=drawn.model), work, seed)
     return rows
 
 
@@ -226,17 +222,17 @@ def load() -> dict[str, dict[str, Any]]:
     return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.is_file()}
 
 
+INTRO = """# Selection on real rows
+
+`python -m experiments.selection.run`: `ctrlib select` and what it is to be compared with, seeds 0, 1, 2; mean ± standard
+deviation. Differences are to the first row, seed by seed. The settings of each search were chosen by validation AUC with seed
+0; the test rows are read by the runs alone, after that. Settings and all metrics of all runs are in `results/`.
+"""
+
+
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """README.md."""
-    text = (
-        "# Selection on real rows\n\n"
-        "`python -m experiments.selection.run`: `ctrlib select` and what it is to be compared with, seeds 0, 1, 2; mean ± standard\n"
-        "deviation. Differences are to the first row, seed by seed. The settings of each search were chosen by validation AUC with\n"
-        "seed 0; the test rows are read by the runs alone, after that. Settings, all metrics of all runs, and the kept share by\n"
-        "field and by frequency are in `results/`.\n"
-    )
-    for name, found in results.items():
-        text += _section(name, found)
+    text = INTRO + "".join(_section(name, found) for name, found in results.items())
     missing = [name for name in CASES if name not in results]
     return text + (f"\nNot run yet: {', '.join(missing)}.\n" if missing else "")
 
@@ -261,7 +257,7 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
         text += f"* seed {seed} keeps {kept_line(kept)}\n"
     text += "".join(f"* agreement of the seeds, {what}: {value:.3f}\n" for what, value in report["agreement"].items())
     search, training = (statistics.fmean(report[f"{part}_seconds"]) for part in ("search", "train"))
-    text += f"* a search takes {search / training:.2f} of the time of training the model of the first row ({search:.0f} s of {training:.0f} s)\n"
+    text += f"* a search took {search:.0f} s, {search / training:.2f} times as long as training the model of the first row\n"
     if report["compact_difference"] is not None:
         text += f"* small and gated model differ by at most {report['compact_difference']:.1e} in any logit\n"
     return text + f"\n![validation AUC against parameters](results/{name}.png)\n"
@@ -275,7 +271,7 @@ def main() -> None:
     """Run the cases that are named, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--work", type=Path, default=Path("runs/selection"), help="folder of the runs; may be removed afterwards")
+    parser.add_argument("--work", type=Path, default=Path("runs/selection"), help="folder of the runs")
     options = parser.parse_args()
     tune_cpu()
     (HERE / "results").mkdir(exist_ok=True)

@@ -57,6 +57,8 @@ def test_rows_of_the_logits_are_not_those_of_the_weights() -> None:
     assert not torch.equal(auto_field._two_parts(1000, 0.2, 1)[1], arch)
     with pytest.raises(DataError, match=r"3 training rows cannot be parted at 0.1"):
         auto_field._two_parts(3, 0.1, 0)
+    with pytest.raises(DataError, match=r"10 training rows cannot be parted at 0.1; expected two or more for the field logits"):
+        auto_field._two_parts(10, 0.1, 0)  # a batch of one row has no statistics
 
 
 def test_one_step_of_the_logits_by_hand(data: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:

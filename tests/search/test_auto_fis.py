@@ -16,11 +16,13 @@ from ctrlib.data.loader import Loader
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
+from ctrlib.schema import DataError
 from ctrlib.search import auto_fis
 from ctrlib.search.auto_fis import GRDA, AutoFISConfig, search_auto_fis, without_closed_pairs
 from ctrlib.search.passes import train_pass
 from ctrlib.search.selection import Selection
 from ctrlib.training import FitConfig, predict, seed_everything
+from tests.clicks import SCHEMA
 from tests.models.small import LAYOUT, awake, rows, shrunk
 from tests.reference import auto_fis as reference
 from tests.search.stores import Guarded, click_store, make
@@ -216,3 +218,10 @@ def test_errors(data: Guarded) -> None:
         AutoFISConfig(c=-1.0)
     with pytest.raises(ConfigError, match=r"auto_fis.alpha is 'keep'; .*did you mean 'kept'"):
         AutoFISConfig(alpha="keep")  # type: ignore[arg-type]
+
+
+def test_data_with_crosses_is_refused(tmp_path: Path) -> None:
+    """The pair user*city and the cross user*city have one name: dropping the pair would drop the cross."""
+    store = click_store(tmp_path, schema=SCHEMA.with_crosses(min_count=3))
+    with pytest.raises(DataError, match=r"a cross \(user\*city, .*\) bears the name of such a pair; expected data without"):
+        search_auto_fis(shrunk(preset("auto_fm")), store, AutoFISConfig(), fit=FIT, batch_size=64, seed=0)

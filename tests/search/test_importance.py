@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, override
 from ctrlib.data.loader import Loader
 from ctrlib.metrics import auc, log_loss
-from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.ctr import CTRModel, ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import BatchLayout, DataError, DenseField, SequenceField, SparseField
-from ctrlib.search import importance
+from ctrlib.search import auto_field, auto_fis, importance
+from ctrlib.search.auto_field import AutoFieldConfig, search_auto_field
+from ctrlib.search.auto_fis import AutoFISConfig, search_auto_fis
 from ctrlib.search.importance import (
     Engine,
     GBDTConfig,
@@ -34,6 +37,7 @@ from ctrlib.search.importance import (
     search_gradient,
     search_permutation,
 )
+from ctrlib.search.screening import OutRankConfig, search_outrank
 from ctrlib.training import FitConfig, seed_everything
 from tests.search.stores import Guarded, click_store, coin, make
 
@@ -264,16 +268,14 @@ def test_label_rates_are_those_of_other_folds() -> None:
     y = rng.integers(0, 2, 60).astype(np.float64)
     ids[7] = 9  # seen once: the average, not its own label
     config = GBDTConfig(top=1, folds=3, smoothing=4.0)
-    found = importance._label_rates(ids, np.arange(60), 10, y, np.ones(60), fold, config)
+    found = importance._label_rates(ids, np.arange(60), y, np.ones(60), fold, config)
     assert found.tolist() == pytest.approx(rates(ids, y, fold, 4.0), abs=1e-12)
     assert found[7] == pytest.approx(y.mean())
-    unsmoothed = importance._label_rates(ids, np.arange(60), 10, y, np.ones(60), fold, GBDTConfig(top=1, folds=3, smoothing=0))
+    unsmoothed = importance._label_rates(ids, np.arange(60), y, np.ones(60), fold, GBDTConfig(top=1, folds=3, smoothing=0))
     assert unsmoothed[7] == pytest.approx(y.mean())
     # a row of weight 2 is two rows
-    doubled = importance._label_rates(
-        np.tile(ids, 2), np.arange(120), 10, np.tile(y, 2), np.ones(120), np.tile(fold, 2), config
-    )
-    weighted = importance._label_rates(ids, np.arange(60), 10, y, np.full(60, 2.0), fold, config)
+    doubled = importance._label_rates(np.tile(ids, 2), np.arange(120), np.tile(y, 2), np.ones(120), np.tile(fold, 2), config)
+    weighted = importance._label_rates(ids, np.arange(60), y, np.full(60, 2.0), fold, config)
     assert weighted.tolist() == pytest.approx(doubled[:60].tolist(), abs=1e-12)
 
 
@@ -322,3 +324,79 @@ def test_errors(tmp_path: Path) -> None:
             GBDTConfig(**{"top": 1} | options)
     with pytest.raises(ConfigError, match=r"permutation.metric is 'acu'; .*did you mean 'auc'"):
         PermutationConfig(top=1, metric="acu")  # type: ignore[arg-type]
+
+
+def test_label_rates_of_a_large_vocabulary_take_no_more_memory() -> None:
+    rng = np.random.default_rng(1)
+    ids, fold = rng.integers(0, 9, 60).astype(np.int32), rng.integers(0, 3, 60)
+    y = rng.integers(0, 2, 60).astype(np.float64)
+    config = GBDTConfig(top=1, folds=3)
+    small, large = (importance._label_rates(i, np.arange(60), y, np.ones(60), fold, config) for i in (ids, ids + 2_000_000_000))
+    assert small.tolist() == large.tolist()
+
+
+def test_trees_that_split_nothing_rank_nothing(tmp_path: Path) -> None:
+    store = make(tmp_path, {"train": columns(12, 0)}, FIELDS)  # LightGBM wants 20 rows in a leaf
+    with pytest.raises(DataError, match="no tree split the 12 rows, so all fields would rank alike"):
+        search_gbdt(store, gbdt("lightgbm"), seed=0)
+
+
+@pytest.mark.parametrize("method", ["permutation", "gradient"])
+def test_ctrl_c_while_the_model_trains_ends_the_search(data: Guarded, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` only stops, and gives back a model that has seen part of the rows."""
+
+    forward = CTRModel.forward
+
+    def stop(self: CTRModel, batch: Batch) -> Output:
+        if self.training:
+            raise KeyboardInterrupt
+        return forward(self, batch)
+
+    monkeypatch.setattr(CTRModel, "forward", stop)
+    named: Any = {"fit": FIT, "batch_size": 128, "seed": 0}
+    searches: dict[str, Callable[[], object]] = {
+        "permutation": lambda: search_permutation(tiny(), data, PermutationConfig(top=1), **named),
+        "gradient": lambda: search_gradient(tiny(), data, GradientConfig(top=1), **named),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        searches[method]()
+
+
+def test_more_fields_than_there_are_is_said_before_any_row_is_read(data: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "allowed", ())
+    named: Any = {"fit": FIT, "batch_size": 128, "seed": 0}
+    searches: tuple[Callable[[], object], ...] = (
+        lambda: search_permutation(tiny(), data, PermutationConfig(top=5), **named),
+        lambda: search_gradient(tiny(), data, GradientConfig(top=5), **named),
+        lambda: search_auto_field(tiny(), data, AutoFieldConfig(top=5), **named),
+        lambda: search_gbdt(data, GBDTConfig(top=5), seed=0),
+        lambda: search_outrank(data, OutRankConfig(top=5), seed=0),
+    )
+    for search in searches:
+        with pytest.raises(ConfigError, match="top is 5, but the data has 4 fields"):
+            search()
+
+
+def test_models_train_where_they_are_told_to(data: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that cannot train: what matters is that the model is there when training begins."""
+
+    class BegunError(Exception):
+        pass
+
+    def begun(model: nn.Module, *_: Any, **__: Any) -> None:
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        raise BegunError
+
+    monkeypatch.setattr(importance, "fit", begun)
+    monkeypatch.setattr(auto_field, "train_pass", begun)
+    monkeypatch.setattr(auto_fis, "train_pass", begun)
+    named: Any = {"fit": FIT, "batch_size": 128, "seed": 0, "device": "meta"}
+    searches: tuple[Callable[[], object], ...] = (
+        lambda: search_permutation(tiny(), data, PermutationConfig(top=1), **named),
+        lambda: search_gradient(tiny(), data, GradientConfig(top=1), **named),
+        lambda: search_auto_field(tiny(), data, AutoFieldConfig(top=1), **named),
+        lambda: search_auto_fis(preset("auto_fm"), data, AutoFISConfig(), **named),
+    )
+    for search in searches:
+        with pytest.raises(BegunError):
+            search()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ctrlib.config import ConfigError
-from ctrlib.schema import DataError, Schema, SparseField
+from ctrlib.schema import CrossField, DataError, Schema, SparseField
 from ctrlib.search.ranking import Top, best_fields, check_top, kendall_tau
 
 SCHEMA = Schema(fields=tuple(SparseField(name=name) for name in "abcd"), labels=("y",))
@@ -59,3 +59,25 @@ def test_different_fields() -> None:
         kendall_tau({"a": 1, "b": 2}, {"a": 1, "c": 2})
     with pytest.raises(DataError, match="same two fields or more"):
         kendall_tau({"a": 1}, {"a": 1})
+
+
+def test_a_cross_is_never_kept_without_its_fields() -> None:
+    """A field is worth its best cross at least, and comes before it: of a, c, a*c = 9 first a, then c, then the cross."""
+    crossed = SCHEMA.with_crosses([("a", "c")])
+    scores = {"a": 0.0, "b": 2.0, "c": 1.0, "d": 3.0, "a*c": 9.0}
+    kept = [best_fields(crossed, scores, top) for top in range(1, 6)]
+    assert kept == [("a",), ("a", "c"), ("a", "c", "a*c"), ("a", "c", "d", "a*c"), ("a", "b", "c", "d", "a*c")]
+    assert best_fields(crossed, dict.fromkeys(scores, 1.0), 4) == ("a", "b", "c", "d")  # also where all are alike
+    assert best_fields(crossed, scores | {"a*c": -1.0}, 4) == ("a", "b", "c", "d")
+
+
+def test_crosses_that_stand_before_their_fields() -> None:
+    crosses = tuple(CrossField(name=f"x{i}", of=(a, b)) for i, (a, b) in enumerate(combinations("abcd", 2)))
+    schema = Schema(fields=(*crosses, *SCHEMA.fields), labels=("y",))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores = {f.name: float(rng.integers(0, 5)) for f in schema.fields}
+        for top in range(1, 11):
+            kept = best_fields(schema, scores, top)
+            assert len(kept) == top
+            assert all(set(cross.of) < set(kept) for cross in crosses if cross.name in kept)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from ctrlib.config import ConfigError, to_json
-from ctrlib.schema import DataError, DenseField, SequenceField, SparseField
+from ctrlib.schema import CrossField, DataError, DenseField, Field, SequenceField, SparseField
 from ctrlib.search import screening
 from ctrlib.search.screening import Noise, OutRankConfig, rank_3mr, relevance, search_outrank
 from tests.reference.mutual_information import expected_information, mutual_information
@@ -241,3 +241,23 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no field tells more of 'label' than noise does"):
         search_outrank(noise, OutRankConfig(), seed=0)
     assert OutRankConfig.released_code(5) == OutRankConfig(top=5, noise="shift", subsampling=10)
+
+
+def test_fields_may_have_the_names_of_controls(tmp_path: Path) -> None:
+    block = noisy(2000, 12)
+    columns = {"label": block["label"], "row_number": block["signal"], "random_2": block["noise_2"]}
+    found = search_outrank(make(tmp_path, {"train": columns}), OutRankConfig(top=1), seed=0)
+    assert found.fields == ("row_number",)
+    assert set(found.scores) == {"row_number", "random_2"}
+    assert found.report["controls"]["row_number"] < found.scores["row_number"]
+
+
+def test_fields_of_a_cross_that_passes_are_kept_with_it(tmp_path: Path) -> None:
+    """The label is a XOR b: each of the two tells nothing, their cross everything."""
+    rng = np.random.default_rng(13)
+    a, b, c = rng.integers(0, 2, (3, 4000))
+    fields: tuple[Field, ...] = (*(SparseField(name=name) for name in "abc"), CrossField(name="a*b", of=("a", "b")))
+    data = make(tmp_path, {"train": {"label": a ^ b, "a": a, "b": b, "c": c}}, fields)
+    found = search_outrank(data, OutRankConfig(), seed=0)
+    assert found.fields == ("a", "b", "a*b")
+    assert [f.name for f in found.apply(data.encoder).schema.fields] == ["a", "b", "a*b"]

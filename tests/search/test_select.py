@@ -1,28 +1,36 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from ctrlib import artifact
 from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.loader import Loader
 from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import DataOptions, RunConfig, configure, train
-from ctrlib.files import json_text
-from ctrlib.schema import DataError
+from ctrlib.files import discard_unfinished, json_text
+from ctrlib.models.presets import PRESETS, preset
+from ctrlib.schema import DataError, Schema, SequenceField, SparseField
 from ctrlib.search import select as selecting
-from ctrlib.search.ranking import Top
+from ctrlib.search.ranking import Top, best_fields
 from ctrlib.search.select import METHODS, kept_line, method_options, select, table
-from ctrlib.search.selection import Selection, apply_to_store, compact
-from tests.clicks import FIELDS, SCHEMA, clicks
+from ctrlib.search.selection import Choice, Selection, apply_to_store, compact, derive
+from ctrlib.training import TrainingDivergedError
+from tests.clicks import FIELDS, SCHEMA, clicks, write
 from tests.search.stores import Guarded, click_store
 
 SIZES = {
@@ -30,7 +38,7 @@ SIZES = {
     "auto_fm": {"model.embedding.dim": "4"},
     "optinter": {"model.embedding.dim": "4", "model.pair_dim": "3", "model.mlp.hidden_units": "8"},
 }
-RUN = {"fit.optimizer.learning_rate": "0.01", "fit.epochs": "1", "batch_size": "256"}
+RUN = {"fit.optimizer.learning_rate": "0.01", "fit.epochs": "1", "batch_size": "256", "workers": "0"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,20 @@ CASES = {
 
 def config(model: str = "dnn") -> RunConfig:
     return configure(model, options=SIZES[model] | RUN)
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches do not depend on them, and handing over the tiny ones of here takes longer than all else."""
+    defaults = Loader.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "workers", 0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves as numbers alone."""
+    monkeypatch.setattr(selecting, "_draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +170,7 @@ def test_the_curve_and_raw_rows(tmp_path: Path) -> None:
     assert "± nan" not in (out / "report.md").read_text(encoding="utf-8")  # one seed has no spread
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_curve_of_penalties_goes_on_without_what_nothing_is_left_of(
     plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +344,266 @@ def test_the_curve_names_what_it_needs(plain: Store, tmp_path: Path, monkeypatch
 
 
 def test_what_was_kept_in_one_line() -> None:
-    assert kept_line({"values": {"kept": 1500, "total": 2000}}) == "1,500 of 2,000 values (75.0%)"
+    values = {"kept": 1500, "total": 2000, "vocabularies": {"a": {"kept": 1499, "total": 1500}, "b": {"kept": 1, "total": 500}}}
+    assert kept_line({"values": values}) == "1,500 of 2,000 values, 75.0% (a 1,499 of 1,500, b 1 of 500)"
     assert kept_line({"fields": {"kept": 2, "total": 5, "names": ("a", "b")}}) == "2 of 5 fields (a, b)"
-    pairs = {"memorize": 1, "factorize": 2, "naive": 3, "total": 6}
-    assert kept_line({"pairs": pairs}) == "6 pairs: 1 memorize, 2 factorize, 3 naive"
+    names: dict[str, list[str]] = {"memorize": ["a*b"], "factorize": [f"a*{i}" for i in range(14)], "naive": ["c*d", "e*f"]}
+    pairs = {choice: len(found) for choice, found in names.items()} | {"total": 17, "names": names}
+    listed = ", ".join(names["factorize"][:12])
+    assert kept_line({"pairs": pairs}) == f"17 pairs: 1 memorize (a*b), 14 factorize ({listed}, and 2 more), 2 naive"
+
+
+def chosen(*kept: str, method: str = "outrank") -> dict[str, Any]:
+    """For ``monkeypatch``: a search that takes no time, and keeps these fields."""
+
+    def search(_: Any, store: Store, options: Any, run: RunConfig, seed: int) -> Selection:
+        return Selection(method=method, encoder_hash=store.encoder.hash, fields=kept, report={"seconds": 1.0})
+
+    return {**METHODS, method: replace(METHODS[method], search=search)}
+
+
+def failing(error: BaseException) -> dict[str, Any]:
+    def search(*_: Any) -> Selection:
+        raise error
+
+    return {**METHODS, "outrank": replace(METHODS["outrank"], search=search)}
+
+
+ONCE: dict[str, Any] = {"method": "outrank", "top": 3, "seeds": 1, "curve": False}
+
+
+def test_a_ranking_of_fields_and_crosses_can_be_applied(crossed: Store) -> None:
+    """Whatever the scores and however many are kept."""
+    schema, rng = crossed.encoder.schema, torch.Generator().manual_seed(0)
+    names = [f.name for f in schema.fields]
+    for _ in range(20):
+        scores = dict(zip(names, torch.rand(len(names), generator=rng).tolist(), strict=True))
+        for top in range(1, len(names) + 1):
+            kept = best_fields(schema, scores, top)
+            selection = Selection(method="gbdt", encoder_hash=crossed.encoder.hash, fields=kept)
+            assert tuple(f.name for f in selection.apply(crossed.encoder).schema.fields) == kept
+
+
+def test_data_with_crosses_and_its_best_fields(crossed: Store, tmp_path: Path) -> None:
+    report = select(crossed, config(), tmp_path / "out", **ONCE | {"top": 4})
+    assert len(report["kept"][0]["fields"]["names"]) == 4
+    assert report["compact_difference"] <= 1e-6
+
+
+def test_what_the_config_says_of_dropped_fields_is_left_out(
+    plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "METHODS", chosen("city", "price"))
+    said = {"model.embedding.dims": '{"user": 3, "city": 2}', "model.embedding.fields": '["city", "user", "price"]'}
+    run = configure("dnn", options=SIZES["dnn"] | RUN | said)
+    select(plain, run, tmp_path / "out", **ONCE)
+    after = artifact.load(tmp_path / "out" / "after" / "seed-0").config.embedding
+    assert (after.dims, after.fields) == ({"city": 2}, ("city", "price"))
+
+
+def test_widths_and_vectors_of_a_vocabulary_that_gets_another_owner() -> None:
+    schema = Schema(
+        fields=(SparseField(name="item"), SequenceField(name="seen", shares="item"), SparseField(name="b")), labels=("y",)
+    )
+    rows = [{"item": f"i{n % 5}", "seen": [f"i{n % 3}"], "b": n % 2, "y": n % 2} for n in range(20)]
+    encoder = Encoder.fit(schema, open_source(rows))
+    selection = Selection(method="gbdt", encoder_hash=encoder.hash, fields=("seen", "b"))
+    said = {"model.embedding.dims": '{"item": 3}', "model.embedding.frozen": '["item"]', "pretrained.item": "vectors.parquet"}
+    left = selecting._of_what_is_left(configure("dnn", options=said), selection, derive(selection, encoder))
+    assert (left.model.embedding.dims, left.model.embedding.frozen) == ({"seen": 3}, ("seen",))
+    assert left.pretrained == {"seen": "vectors.parquet"}
+
+
+def test_searches_have_no_pretrained_vectors(plain: Store, tmp_path: Path) -> None:
+    for said in ({"pretrained.city": "vectors.parquet"}, {"model.embedding.frozen": '["city"]'}):
+        run = configure("dnn", options=SIZES["dnn"] | RUN | said)
+        with pytest.raises(ConfigError, match=r"autofield trains a model to search with, .* pretrained vectors of city; leave"):
+            select(plain, run, tmp_path / "out", method="autofield", top=3, curve=False)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_any_search(
+    plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "METHODS", failing(AssertionError("searched")))
+    run = configure("dnn", options=SIZES["dnn"] | RUN | {"model.embedding.fields": '["usr"]'})
+    with pytest.raises(ConfigError, match="the embedding reads field 'usr', which the data lacks; did you mean 'user'"):
+        select(plain, run, tmp_path / "out", **ONCE)
+    with pytest.raises(ConfigError, match="single row"):
+        select(plain, replace(config(), batch_size=1), tmp_path / "out", **ONCE)
+    # the small model, after the search and before any training
+    monkeypatch.setattr(selecting, "METHODS", chosen("city"))
+    monkeypatch.setattr(selecting, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="has the single field 'city'"):
+        select(plain, configure("fwfm", options=RUN), tmp_path / "out", **ONCE)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_model_can_be_looked_at_without_memory(name: str, plain: Store, crossed: Store) -> None:
+    store = crossed if name.startswith("optinter") else plain
+    state = torch.random.get_rng_state()
+    selecting._check_model(RunConfig(model=preset(name)), store.encoder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("error", [TrainingDivergedError("diverged"), OSError("disk full"), KeyboardInterrupt()])
+def test_after_an_error_of_the_first_search_nothing_is_left(
+    error: BaseException, plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "METHODS", failing(error))
+    with pytest.raises(type(error)):
+        select(plain, config(), tmp_path / "out", **ONCE)
+    assert names(tmp_path) == []
+
+
+def test_raw_rows_encoded_before_ctrl_c_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rows = tmp_path / "out", clicks(600, 0)
+    options = DataOptions(schema=SCHEMA, valid=clicks(300, 1), test=clicks(300, 2))
+    monkeypatch.setattr(selecting, "METHODS", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        select(rows, config(), out, options, **ONCE)
+    assert names(out) == ["data.json", "select.json", "store"]
+    monkeypatch.setattr(selecting, "open_store", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(selecting, "METHODS", failing(ConfigError("nothing is kept")))
+    with pytest.raises(ConfigError, match="nothing is kept"):
+        select(rows, config(), out, options, **ONCE)
+    assert names(out) == ["data.json", "select.json", "store"]
+    monkeypatch.setattr(selecting, "METHODS", chosen("city", "price"))
+    assert select(rows, config(), out, options, **ONCE)["kept"][0]["fields"]["kept"] == 2
+
+
+def test_other_raw_rows_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "METHODS", failing(KeyboardInterrupt()))
+    data, out = write(tmp_path / "data"), tmp_path / "out"
+    options = DataOptions(schema=data / "schema.json", valid=str(data / "valid.parquet"), test=str(data / "test.parquet"))
+    with pytest.raises(KeyboardInterrupt):
+        select(str(data / "train.parquet"), config(), out, options, **ONCE)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    store = Store.open(out / "store")
+    for rows, other in (
+        (data / "valid.parquet", options),
+        (clicks(2000, 0), options),
+        (store, DataOptions()),
+        (data / "train.parquet", replace(options, test=str(data / "valid.parquet"))),
+        (data / "train.parquet", replace(options, cross_min_count=3)),
+        (data / "train.parquet", replace(options, label="buy")),
+    ):
+        with pytest.raises(ConfigError, match="holds a selection with other settings, or of other data"):
+            select(rows, config(), out, other, **ONCE)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):  # these are the same rows
+        select(Path("data/train.parquet"), config(), out, replace(options, schema=SCHEMA), **ONCE)
+
+
+def test_runs_of_a_call_that_was_killed_are_trained_again(
+    plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "METHODS", chosen("city", "price"))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for writer, when in ((process.pid, "before"), (os.getpid(), "after")):
+        part = tmp_path / "out" / when / "seed-0.part"
+        part.mkdir(parents=True)
+        (part / "writer.pid").write_text(str(writer))
+        (part / "best.safetensors").write_bytes(b"weights")
+    (tmp_path / "out" / "select.json").write_text("{}")
+    monkeypatch.setattr(selecting, "_same", lambda *_: None)
+    select(plain, config(), tmp_path / "out", **ONCE)
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    part = tmp_path / "run.part"
+    part.mkdir()
+    (part / "writer.pid").write_text(str(os.getppid()))
+    discard_unfinished(tmp_path / "run")
+    assert part.is_dir()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_curve_of_pairs(crossed: Store, tmp_path: Path) -> None:
+    case = CASES["optinter"]
+    select(crossed, case.run, tmp_path / "out", method="optinter", settings=case.settings, seeds=1)
+    points = {point["label"]: point["parameters"] for point in read(tmp_path / "out" / "curve.json")}
+    assert list(points) == ["all factorize", "all naive", "before", "after"]
+    assert points["all naive"] < points["all factorize"] < points["before"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_curve_goes_on_after_ctrl_c_and_leaves_out_what_diverges(
+    plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[float] = []
+    trained: list[str] = []
+
+    def search(_: Any, store: Store, options: Any, run: RunConfig, seed: int) -> Selection:
+        searched.append(options.penalty)
+        return Selection(method="optfs", encoder_hash=store.encoder.hash, fields=("city",), report={"seconds": 1.0})
+
+    def interrupted(store: Store, run: RunConfig, out: Path, **named: Any) -> dict[str, Any]:
+        trained.append(out.parent.name)
+        if trained.count("penalty-x-0.1") == 1 and out.parent.name == "penalty-x-0.1":
+            raise KeyboardInterrupt
+        if out.parent.name == "penalty-x-3":
+            raise TrainingDivergedError("the loss is nan")
+        return train(store, run, out, **named)
+
+    monkeypatch.setattr(selecting, "METHODS", {**METHODS, "optfs": replace(METHODS["optfs"], search=search)})
+    monkeypatch.setattr(selecting, "train", interrupted)
+    once: dict[str, Any] = {"method": "optfs", "settings": {"penalty": "1.0"}, "seeds": 1}
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        select(plain, config(), out, **once)
+    assert names(out / "curve" / "seed-0" / "penalty-x-0.1") == ["selection", "store"]
+    select(plain, config(), out, **once)
+    assert searched == pytest.approx([1, 0.1, 0.3, 3])  # each once
+    assert [p["label"] for p in read(out / "curve.json")] == ["penalty × 0.1", "penalty × 0.3", "before", "after"]
+    assert names(out / "curve" / "seed-0") == ["penalty-x-0.1", "penalty-x-0.3"]
+
+
+def test_the_curve_of_a_3mr_order_is_of_that_order(plain: Store) -> None:
+    scores = dict(zip(FIELDS, (5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
+    ranked = Selection(method="outrank", encoder_hash="", scores=scores)
+    ordered = replace(ranked, report={"order": ["genres", "user", "age", "price", "city"]})
+    assert selecting._best(ranked, plain, 0.4).fields == ("user", "city")
+    assert selecting._best(ordered, plain, 0.4).fields == ("user", "genres")
+
+
+def test_agreement_by_hand() -> None:
+    def of(fields: str, mask: list[bool], pairs: str) -> Selection:
+        made: dict[str, Choice] = {"a*b": "naive", "c*d": "memorize" if pairs == "m" else "factorize"}
+        return Selection(method="x", encoder_hash="", fields=tuple(fields), values={"v": np.array(mask)}, pairs=made)
+
+    three = [of("ab", [False, True, True], "m"), of("bc", [False, True, False], "f"), of("ab", [False, True, True], "m")]
+    assert selecting._agreement(three) == pytest.approx(
+        {"fields (Jaccard)": (1 / 3 + 1 + 1 / 3) / 3, "values (Jaccard)": (1 / 2 + 1 + 1 / 2) / 3, "pairs (share alike)": 2 / 3}
+    )
+    assert selecting._agreement(three[:1]) == {}
+
+
+def test_metrics_that_are_undefined_are_so_after_an_interruption_too() -> None:
+    """A file calls them null."""
+    runs = [{"test": {"auc": auc, "log_loss": 0.5}, "parameters": 3} for auc in (None, float("nan"))]
+    assert np.isnan(selecting._summary(runs)["test"]["auc"]["mean"])
+    assert np.isnan(selecting._paired(runs, runs)["auc"]["mean"])
+    assert selecting._paired(runs, runs)["log_loss"]["mean"] == 0
+
+
+def test_the_table_says_what_the_search_cost_and_what_is_wrong() -> None:
+    metrics = {"auc": {"mean": 0.7, "std": 0.1}, "log_loss": {"mean": 0.5, "std": 0.1}}
+    sizes = ({"parameters": {"mean": 200.0}, "test": metrics}, {"parameters": {"mean": 50.0}, "test": metrics})
+    report: dict[str, Any] = {"method": "m", "model": "n", "seeds": [0], "kept": [{}], "agreement": {}, "gain": metrics}
+    report |= {
+        "before": sizes[0],
+        "after": sizes[1],
+        "search_seconds": [3.0],
+        "train_seconds": [2.0],
+        "compact_difference": 2e-7,
+    }
+    text = table(report)
+    assert "| after | 50 (25.0%) | 0.70000 ± 0.10000 |" in text
+    assert "* the search took 3.0 s, 1.50 times as long as training the model before (2.0 s)\n" in text
+    assert text.endswith("by at most 2.0e-07\n")
+    assert "by at most 1.0e-02, which is more than rounding: do not rely on it" in table(report | {"compact_difference": 0.01})
