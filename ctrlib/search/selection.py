@@ -314,9 +314,9 @@ def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> De
                 ids[f.name] = np.zeros(old.size, np.int32)
     names = {f.name for f in fields}
     numeric = {name: learned for name, learned in encoder.numeric.items() if name in names}
-    gone = [name for name in schema.inputs if name not in names]
+    gone = [f.name for f in schema.fields if f.name not in names and not isinstance(f, CrossField)]
     ignored = {**schema.ignored, **dict.fromkeys(gone, f"dropped by {selection.method}")}
-    return Derived(Encoder(replace(schema, fields=tuple(fields), ignored=ignored), vocabularies, numeric), ids, owners)
+    return Derived(Encoder(replace(schema.with_only(fields), ignored=ignored), vocabularies, numeric), ids, owners)
 
 
 def _inherited(f: Field, schema: Schema, owner: str) -> Field:
