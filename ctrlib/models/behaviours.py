@@ -84,7 +84,7 @@ class Steps:
         at_N = torch.where(fits_N, self.row_N * length + place_N, rows * length)  # the last place is that of all others
         block_MW = x_NW.new_zeros(rows * length + 1, x_NW.shape[1]).index_copy(0, at_N, x_NW)
         there_M = x_NW.new_zeros(rows * length + 1).index_copy(0, at_N, fits_N.to(x_NW.dtype))
-        return block_MW[:-1].reshape(rows, length, -1), there_M[:-1].reshape(rows, length) > 0
+        return block_MW[:-1].reshape(rows, length, x_NW.shape[1]), there_M[:-1].reshape(rows, length) > 0
 
 
 def read_behaviours(embedding: FeatureEmbedding, batch: Batch, history: str) -> Steps:
