@@ -17,7 +17,8 @@ from ctrlib.config import ConfigError
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.optim import OptimizerConfig, build_optimizer
 from ctrlib.schema import BatchLayout, HistoryColumn, Pooling, SequenceColumn, SparseColumn
-from tests.search.planted import ClosedGates
+from ctrlib.search.gates import ClosedGates
+
 
 D = 3
 ITEMS = [[2, 3, 2], [], [5], [0, 4]]  # a dropped value is a behaviour too
