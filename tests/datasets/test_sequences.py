@@ -166,8 +166,8 @@ def test_grocery_splits_that_are_wrong(grocery: Path) -> None:
 
 def test_beauty(cosmetics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    files = beauty.prepare(cosmetics, out, train_negatives=1, eval_negatives=2)
-    assert [f.rows for f in files] == [12, 9, 9]
+    files = beauty.prepare(cosmetics, out, train_negatives=1, eval_negatives=1)
+    assert [f.rows for f in files] == [12, 6, 6]
     table = pq.read_table(files[2].path)
     assert table.schema.names == ["label", "session", "user", "item", "attributes", "hist_item", "hist_attributes"]
     for row in table.to_pylist():
