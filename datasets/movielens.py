@@ -248,21 +248,9 @@ def prepare(raw: Path | None, out: Path, *, ids: bool = True) -> tuple[common.Ou
     Raises:
         DataError: a raw file is missing, cannot be downloaded, or is not what its name says.
     """
-    if raw is None:
-        raw = out / "raw"
-        _fetch(raw)
-    name = RATINGS_PARQUET if not (raw / RATINGS).is_file() and (raw / RATINGS_PARQUET).is_file() else RATINGS
-    common.require_files(raw, name, USERS, MOVIES)
-    for known in (name, USERS, MOVIES):
-        common.check_known(raw / known, KNOWN)
-    users, movies, ratings = _read_users(raw / USERS), _read_movies(raw / MOVIES), _read_ratings(raw / name)
-    stars = ratings["rating"]
-    wrong = np.flatnonzero((stars < 1) | (stars > 5))
-    if wrong.size:
-        raise DataError(f"{_place(raw / name, wrong[0])}: rating is {stars[wrong[0]]}; expected 1 to 5 stars")
-    user_rows = _rows_of(ratings["user_id"], raw / name, "user_id", users, raw / USERS)
-    movie_rows = _rows_of(ratings["movie_id"], raw / name, "movie_id", movies, raw / MOVIES)
-    kept = stars != 3
+    data = read(raw, out)
+    kept = data.stars != 3
+    of_user, of_movie = data.users.take(pa.array(data.user_row[kept])), data.movies.take(pa.array(data.movie_row[kept]))
     columns = {
         "label": pa.array((data.stars[kept] > 3).astype(np.int8)),
         "user_id": of_user["user_id"],

@@ -57,12 +57,22 @@ def make_schema() -> Schema:
     )
 
 
-def deal(clicked_M: Ints, num_movies: int, rng: np.random.Generator) -> tuple[dict[str, Ints], Ints]:
-    """Which clicks (as places in ``clicked_M``, the movies of all clicks) are of which split, and the segment of every movie."""
-    order = rng.permutation(num_movies)
-    segment_I = np.zeros(num_movies, np.int64)
-    bounds = np.rint(np.cumsum(SHARES) * num_movies).astype(np.int64)
-    segment_I[order] = np.searchsorted(bounds, np.arange(num_movies), side="right")
+def deal(clicked_M: Ints, rated_M: Ints, num_movies: int, rng: np.random.Generator) -> tuple[dict[str, Ints], Ints]:
+    """Deal the movies and their clicks.
+
+    Args:
+        clicked_M: the movie of every click.
+        rated_M: the movie of every rating; one without any is dealt nowhere.
+        num_movies: in all.
+        rng: decides.
+
+    Returns:
+        By split, places in ``clicked_M``; and the segment of every movie, a place in ``SEGMENTS`` or −1.
+    """
+    order = rng.permutation(np.unique(rated_M))
+    segment_I = np.full(num_movies, -1)
+    bounds = np.rint(np.cumsum(SHARES) * len(order)).astype(np.int64)
+    segment_I[order] = np.searchsorted(bounds, np.arange(len(order)), side="right")
     of_M = segment_I[clicked_M]
     # Of every movie the clicks in random order: which share, and how many, come before a click.
     shuffled = rng.permutation(len(clicked_M))
@@ -145,16 +155,16 @@ def prepare(
     data = movielens.read(raw, out)
     clicks_M = np.flatnonzero(data.stars >= CLICK_STARS)
     rng = np.random.default_rng((seed, 0))
-    splits, segment_I = deal(data.movie_row[clicks_M], data.movies.num_rows, rng)
-    rated_UI = np.bincount(data.user_row * len(SEGMENTS) + segment_I[data.movie_row], minlength=data.users.num_rows * 4)
-    left_US = np.bincount(segment_I, minlength=len(SEGMENTS)) - rated_UI.reshape(-1, len(SEGMENTS))
+    splits, segment_I = deal(data.movie_row[clicks_M], data.movie_row, data.movies.num_rows, rng)
+    rated_UI = np.bincount(data.user_row * len(SEGMENTS) + segment_I[data.movie_row], minlength=data.users.num_rows * len(SEGMENTS))
+    left_US = np.bincount(segment_I[segment_I >= 0], minlength=len(SEGMENTS)) - rated_UI.reshape(-1, len(SEGMENTS))
     files = []
     for split, chosen in splits.items():
         clicks = clicks_M[chosen]
         of = segment_I[data.movie_row[clicks]]
         parts: list[Iterator[Any]] = []
         if split == "train":
-            catalogue = np.flatnonzero(segment_I < 2)
+            catalogue = np.flatnonzero((segment_I == 0) | (segment_I == 1))
             for at, segment in enumerate(SEGMENTS[:2]):
                 parts.append(_sessions(data, clicks[of == at], catalogue, segment, train_negatives, (seed, 1 + at)))
         else:
