@@ -1,4 +1,4 @@
-"""Arithmetic on sequences without padding: N tokens of B rows one after another, row b from ``offsets[b]`` to ``offsets[b + 1]``.
+"""Arithmetic on sequences without padding: N tokens of B rows one after another, row b from ``offsets[b]`` on.
 
 Memory is proportional to N, the tokens that are there; :func:`to_padded` alone is not. All functions but it and :func:`longest`
 compile without graph breaks and export with dynamic N and B. An empty row has the sum, mean and maximum 0.
@@ -7,8 +7,6 @@ Shape letters: B rows, N tokens, L the longest row; ``*`` any further axes.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +28,10 @@ def segment_ids(offsets_B1: Tensor, num_tokens: int) -> Tensor:
     Returns:
         [N] int64.
     """
-    # Counting the rows that begin at or before a token needs no size that only the values know, unlike repeat_interleave.
-    inner = offsets_B1[1:-1].long()
-    begins = torch.zeros(num_tokens + 1, dtype=torch.int64, device=offsets_B1.device)
-    return begins.index_add(0, inner, torch.ones_like(inner))[:num_tokens].cumsum(0)
+    # Counting the rows that end at or before a token needs no size that only the values know, unlike repeat_interleave.
+    ends_B = offsets_B1[1:].long()
+    count = torch.zeros(num_tokens + 1, dtype=torch.int64, device=offsets_B1.device)
+    return count.index_add(0, ends_B, torch.ones_like(ends_B))[:num_tokens].cumsum(0)
 
 
 def positions(offsets_B1: Tensor, rows_N: Tensor) -> Tensor:
@@ -118,4 +116,4 @@ def _bags(x_N: Tensor, offsets_B1: Tensor, mode: str, weight_N: Tensor | None = 
     """Sum, mean or maximum over rows, as bags of an embedding table that is the tokens: the order of the sum is fixed."""
     at_N = torch.arange(x_N.shape[0], device=x_N.device, dtype=offsets_B1.dtype)
     pooled = F.embedding_bag(at_N, _matrix(x_N), offsets_B1, mode=mode, per_sample_weights=weight_N, include_last_offset=True)
-    return cast(Tensor, pooled).reshape(offsets_B1.shape[0] - 1, *x_N.shape[1:])
+    return pooled.reshape(offsets_B1.shape[0] - 1, *x_N.shape[1:])

@@ -29,9 +29,7 @@ from ctrlib.search.selection import Selection, apply_to_store
 from ctrlib.training import predict
 
 N = 313
-HISTORY = History(
-    name="seen", fields=("hist_item", "hist_tags", "hist_shop"), times="hist_time", gaps="hist_gap", max_length=4
-)
+HISTORY = History(name="seen", fields=("hist_item", "hist_tags", "hist_shop"), times="hist_time", gaps="hist_gap", max_length=4)
 SCHEMA = Schema(
     fields=(
         SparseField(name="item"),
@@ -272,7 +270,9 @@ def test_timestamps_and_dates(encoder: Encoder) -> None:
     assert encoded(pa.array([2.0 * day, 3.0 * day]), pa.array(seconds, pa.list_(pa.float32()))) == want
     with pytest.raises(DataError, match=r"'at' of history 'history' holds .*list.*, and the row's time 'now' timestamp"):
         encoded(pa.array(now), seconds)
-    with pytest.raises(DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times|column"):
+    with pytest.raises(
+        DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times|column"
+    ):
         encoded(pa.array(["a", "b"]), seconds)
 
 
@@ -291,7 +291,7 @@ ROW = next(i for i, row in enumerate(raw(60)) if i > 20 and len(row["hist_item"]
     ("column", "change", "message"),
     [
         ("hist_tags", lambda v: v[:-1], "values, but .* in column 'hist_item'; history 'seen' needs one for every behaviour"),
-        ("hist_time", lambda v: v + [5000], "values, but .* in column 'hist_item'"),
+        ("hist_time", lambda v: [*v, 5000], "values, but .* in column 'hist_item'"),
         ("hist_time", lambda v: [v[0], v[1] + 1, v[1], *v[3:]], r"times of history 'seen' fall \(behaviour 3 of \d\); sort"),
         ("hist_time", lambda v: [None, *v[1:]], "a list holds a missing value"),
         ("hist_tags", lambda v: [None, *v[1:]], "a list holds a missing value"),
@@ -319,7 +319,9 @@ def test_leaks_are_refused(encoder: Encoder, tmp_path: Path) -> None:
     assert lists(batch.sequences["hist_item"]) == want["hist_item"]
     at = next(i for i, row in enumerate(rows) if len(row["hist_item"]) == 3)
     rows[at]["time"] = rows[at]["hist_time"][2]  # at the row's time is too late
-    with pytest.raises(DataError, match=rf"column 'hist_time', the table, row {at + 1}: behaviour 3 of 3 of history 'seen' is not"):
+    with pytest.raises(
+        DataError, match=rf"column 'hist_time', the table, row {at + 1}: behaviour 3 of 3 of history 'seen' is not"
+    ):
         refusing.transform(rows)
 
 
