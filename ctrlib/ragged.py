@@ -8,7 +8,7 @@ Shape letters: B rows, N tokens, L the longest row; ``*`` any further axes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +44,16 @@ def positions(offsets_B1: Tensor, rows_N: Tensor) -> Tensor:
 
 def expand(x_B: Tensor, rows_N: Tensor) -> Tensor:
     """The value of its row for every token. ``rows_N`` are :func:`segment_ids`. Shape: [B, *], [N] → [N, *]."""
-    found: Tensor = _Expand.apply(x_B, rows_N)
-    return found
+    apply: Any = _Expand.apply
+    return cast(Tensor, apply(x_B, rows_N))
 
 
 def segment_sum(x_N: Tensor, offsets_B1: Tensor, weight_N: Tensor | None = None) -> Tensor:
     """The sum of the tokens of every row, each times its weight if there are weights. Shape: [N, *], [B + 1], [N] → [B, *]."""
     if weight_N is not None:
         x_N = x_N * weight_N.reshape(-1, *[1] * (x_N.dim() - 1))
-    total: Tensor = _Sum.apply(x_N, offsets_B1)
-    return total
+    apply: Any = _Sum.apply
+    return cast(Tensor, apply(x_N, offsets_B1))
 
 
 def segment_mean(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _bags(x_N: Tensor, offsets_B1: Tensor, mode: str) -> Tensor:
     return pooled.reshape(offsets_B1.shape[0] - 1, *x_N.shape[1:])
 
 
-# The gradient of a sum is an expansion and that of an expansion a sum. Those of torch's own functions take ten times as long
+# The gradient of a sum is an expansion and that of an expansion a sum. Those of torch's own functions sort the ids first
 # (embedding bags), or add up in no fixed order on a GPU (index_select).
 class _Sum(torch.autograd.Function):
     @staticmethod
