@@ -32,8 +32,8 @@ else:  # a script: Python looks in this folder, not in the project's, and ctrlib
 from ctrlib.schema import DataError, History, Schema, SequenceField, SparseField
 
 TERMS = (
-    "Amazon reviews (J. McAuley, UCSD): for research; cite J. Ni, J. Li and J. McAuley, 'Justifying Recommendations using\n"
-    "Distantly-Labeled Reviews and Fine-Grained Aspects', EMNLP 2019. Selection and split: the ReChorus repository."
+    "Amazon reviews (J. McAuley, UCSD): for research; cite J. McAuley, C. Targett, Q. Shi and A. van den Hengel, 'Image-based\n"
+    "Recommendations on Styles and Substitutes', SIGIR 2015. Selection and split: the ReChorus repository."
 )
 TRAIN, DEV, TEST, META = "train.csv", "dev.csv", "test.csv", "item_meta.csv"
 _KNOWN_AS = "the file of the ReChorus reproduction"

@@ -172,6 +172,8 @@ def prepare(
                 parts.append(_sessions(data, clicks[of == at], catalogue, segment, train_negatives, (seed, 1 + at)))
         else:
             for at, segment in enumerate(SEGMENTS):
+                if not (of == at).any():
+                    continue
                 able = clicks[(of == at) & (left_US[data.user_row[clicks], at] >= eval_negatives)]
                 print(f"{split}: {segment}: {(of == at).sum():,} clicks, {len(able):,} of users with enough movies left")
                 some = np.sort(rng.permutation(able)[:sessions])

@@ -194,7 +194,12 @@ def test_compiles_to_one_graph_and_exports() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
     sizes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     program = torch.export.export(module, inputs((3, 0, 2, 4)), dynamic_shapes=sizes).module()
+    trained = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for counts in ((3, 0, 2, 4), (1, 5), (0, 0, 3, 0, 9, 2), (2, 0)):
         x, q, o = inputs(counts)
+        leaves = x.clone().requires_grad_(), q.clone().requires_grad_()
+        found, want = (torch.autograd.grad(run(*leaves, o).square().sum(), leaves) for run in (trained, module))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b)
         torch.testing.assert_close(compiled(x, q, o), module(x, q, o))
         torch.testing.assert_close(program(x, q, o), module(x, q, o))
