@@ -41,5 +41,5 @@ def test_values(name: str, encoder: Encoder) -> None:
 def test_fields(name: str, encoder: Encoder) -> None:
     full = awake(make(shrunk(preset(name)), encoder.layout))
     kept = tuple(f.name for f in SCHEMA.fields if f.name != "hist_item")
-    with pytest.raises(DataError, match="field 'hist_item' is not kept, but .* reads it beside its embedding"):
+    with pytest.raises(DataError, match=r"field 'hist_item' is not kept, but .* reads it beside its embedding"):
         compact(full, select(encoder, fields=kept), encoder)
