@@ -41,7 +41,7 @@ class Steps:
     Attributes:
         h_NW: a vector of each.
         offsets_B1: row b owns ``h_NW[offsets_B1[b]:offsets_B1[b + 1]]``.
-        row_N: b of each, int64.
+        row_N: b of each, int64, ascending.
         real_N: False for padding, which nothing reads.
     """
 
@@ -91,7 +91,8 @@ class Steps:
 def read_behaviours(embedding: FeatureEmbedding, batch: Batch, history: str) -> Steps:
     """The behaviours of a history, their A attributes side by side: W = A·D.
 
-    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding.
+    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding. So are all of them while
+    a vocabulary is still all zeros: frozen and not loaded yet, or with an ``init_std`` of 0.
     """
     found = embedding.behaviours(batch, history)
     h_NW = found.x_NAD.flatten(1)
