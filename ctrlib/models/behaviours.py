@@ -91,8 +91,8 @@ class Steps:
 def read_behaviours(embedding: FeatureEmbedding, batch: Batch, history: str) -> Steps:
     """The behaviours of a history, their A attributes side by side: W = A·D.
 
-    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding. So are all of them while
-    a vocabulary is still all zeros: frozen and not loaded yet, or with an ``init_std`` of 0.
+    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding. So are all of them
+    while a vocabulary is still all zeros: frozen and not loaded yet, or with an ``init_std`` of 0.
     """
     found = embedding.behaviours(batch, history)
     h_NW = found.x_NAD.flatten(1)
