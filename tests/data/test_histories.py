@@ -25,7 +25,8 @@ from ctrlib.data.store import Store
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import preset
 from ctrlib.schema import DataError, History, HistoryColumn, Schema, SequenceField, SparseField
-from ctrlib.search.selection import Selection, apply_to_store
+from ctrlib.search.field_gates import FieldGates
+from ctrlib.search.selection import Selection, apply_to_store, compact
 from ctrlib.training import predict
 
 N = 313
@@ -391,3 +392,17 @@ def test_batches_move_whole(encoder: Encoder) -> None:
     assert flat.inner is None
     assert lists(flat) == [[v for one in row for v in one] for row in lists(batch.sequences["hist_tags"])]
     assert batch.sequences["hist_item"].flat is batch.sequences["hist_item"]
+
+
+def test_a_model_is_compacted(encoder: Encoder) -> None:
+    torch.manual_seed(0)
+    model = build_model(preset("dnn", "paper"), encoder.layout).eval()
+    chosen = selection(encoder, fields=("item", "tags", "hist_item", "hist_tags"))
+    small, derived = compact(model, chosen, encoder)
+    gates = FieldGates(encoder.layout.names)
+    gates.values_F[[name not in (chosen.fields or ()) for name in gates.names]] = 0
+    with gates.on(model), torch.no_grad():
+        want, found = model(encoder.transform(raw())).logits, small(derived.transform(raw())).logits
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
+    assert want.std() > 1e-6
+    assert derived.layout.histories[0].fields == COLUMNS
