@@ -19,11 +19,18 @@ class Ragged:
     """B sequences of different lengths without padding.
 
     ``values`` [N] int32 are the ids of all rows one after another; row b owns ``values[offsets[b]:offsets[b + 1]]``
-    (``offsets`` [B + 1] int32).
+    (``offsets`` [B + 1] int32). Of a nested sequence, of several values for each of M behaviours, the offsets count behaviours,
+    and ``inner`` [M + 1] int32 cuts the values: behaviour m owns ``values[inner[m]:inner[m + 1]]``.
     """
 
     values: Tensor
     offsets: Tensor
+    inner: Tensor | None = None
+
+    @property
+    def flat(self) -> Ragged:
+        """The same values without the bounds of behaviours: offsets count values."""
+        return self if self.inner is None else Ragged(self.values, self.inner[self.offsets.long()])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +70,10 @@ class Batch:
             for f in fields(self)
             if f.name != "sequences"
         }
-        sequences = {name: Ragged(change(r.values), change(r.offsets)) for name, r in self.sequences.items()}
+        sequences = {
+            name: Ragged(change(r.values), change(r.offsets), None if r.inner is None else change(r.inner))
+            for name, r in self.sequences.items()
+        }
         return Batch(sequences=sequences, **changed)  # type: ignore[arg-type]
 
 

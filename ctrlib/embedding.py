@@ -23,13 +23,26 @@ Gate = Callable[[Tensor], Tensor]
 _UNGATED = -(2**31)  # below 0 with any id added
 
 
+@dataclass(frozen=True, slots=True)
+class Behaviours:
+    """The behaviours of B rows, oldest first and one after another, without padding.
+
+    ``x_NAD`` [N, A, D] has a row for each of the A attributes of each of N behaviours; row b owns
+    ``x_NAD[offsets_B1[b]:offsets_B1[b + 1]]`` (``offsets_B1`` [B + 1] int32). :mod:`ctrlib.ragged` has the arithmetic.
+    """
+
+    x_NAD: Tensor
+    offsets_B1: Tensor
+
+
 class FeatureEmbedding(Component, nn.Module):
     """Every field as one token of width D. Shape: Batch → [B, F, D].
 
     * sparse field: the row of its value, e_i = V_i x_i;
     * number: e = x·v with one learned vector v per field (AutoInt, arXiv:1810.11921); a missing number has a vector of its own;
     * piecewise number: e = Σ_t clamp(p − t, 0, 1)·w_t + b over the bins t, p the position among them (arXiv:2203.05556);
-    * sequence: mean, sum or max of the rows of its values; an empty one is a zero vector.
+    * sequence: mean, sum or max of the rows of its values; an empty one is a zero vector. A model that reads the behaviours of a
+      history itself (:meth:`behaviours`, :meth:`targets`) names it in ``unpooled``: then its attributes have no token.
 
     All vocabularies of one width share one table, in which each owns a range of rows. Padding (id 0) is a zero vector and never
     trained. Token order: sparse fields, numbers, piecewise numbers, sequences; :attr:`out` has the names.
@@ -68,7 +81,7 @@ class FeatureEmbedding(Component, nn.Module):
             fraction("embedding.dropout", self.dropout)
             fraction("embedding.token_dropout", self.token_dropout)
 
-    def __init__(self, config: Config, layout: BatchLayout) -> None:
+    def __init__(self, config: Config, layout: BatchLayout, unpooled: Collection[str] = ()) -> None:
         super().__init__()
         self.config = config
         wanted = layout.names if config.fields is None else config.fields
@@ -86,6 +99,17 @@ class FeatureEmbedding(Component, nn.Module):
                 )
         if not wanted:
             raise ConfigError("the embedding has no field to read; expected at least one in the data and in embedding.fields")
+        names_of = {c.name: tuple(zip(c.fields, c.targets, strict=True)) for c in layout.histories}
+        for name in unpooled:
+            if name not in names_of:
+                raise ConfigError(f"the model reads history {name!r}, which the data lacks{suggest(name, names_of)}")
+        self._histories = {name: [pair for pair in pairs if pair[0] in wanted] for name, pairs in names_of.items()}
+        silent = {attribute for name in unpooled for attribute, _ in self._histories[name]}
+        if silent == set(wanted):
+            raise ConfigError(
+                f"the embedding has no token: all its fields are of histories that the model reads itself ({', '.join(unpooled)}); "
+                "expected another field in the data and in embedding.fields"
+            )
 
         # Frozen vocabularies get a table each; the others one per width.
         shared: dict[tuple[int, str], dict[str, int]] = {}
@@ -93,7 +117,7 @@ class FeatureEmbedding(Component, nn.Module):
             key = (config.dims.get(name, config.dim), name if name in config.frozen else "")
             shared.setdefault(key, {})[name] = size
         self.tables = nn.ModuleList(
-            _Table(width, sizes, sparse, len(layout.sparse), sequences, config, trained=not frozen)
+            _Table(width, sizes, sparse, len(layout.sparse), sequences, silent, config, trained=not frozen)
             for (width, frozen), sizes in shared.items()
         )
         numbers = [(i, c) for i, c in enumerate(layout.dense) if c.name in wanted]
@@ -107,7 +131,7 @@ class FeatureEmbedding(Component, nn.Module):
         )
         names = [name for table in self._tables for name in table.sparse_names]
         names += [c.name for _, c in (*scalars, *piecewise)]
-        names += [c.name for table in self._tables for c in table.sequences]
+        names += [c.name for table in self._tables for c in table.sequences if c.name not in silent]
         self.out = FieldLayout(tuple(names), config.dim)
 
     @property
@@ -123,6 +147,66 @@ class FeatureEmbedding(Component, nn.Module):
 
     def __call__(self, batch: Batch) -> Tensor:
         return cast(Tensor, super().__call__(batch))
+
+    def attributes(self, history: str) -> FieldLayout:
+        """The A attributes of a history that this embedding reads, and D: axes 1 and 2 of what the next two methods return.
+
+        Raises:
+            ConfigError: the data has no such history, or no attribute of it is among ``fields``.
+        """
+        pairs = self._histories.get(history)
+        if not pairs:
+            known = [name for name, attributes in self._histories.items() if attributes]
+            raise ConfigError(f"the embedding reads no history {history!r}{suggest(history, known)}")
+        return FieldLayout(tuple(name for name, _ in pairs), self.config.dim)
+
+    def behaviours(self, batch: Batch, history: str) -> Behaviours:
+        """Every behaviour of a history, one row an attribute, from the tables that tokens come from. Nothing is padded.
+
+        Gates, projections and dropout are those of tokens. A nested attribute is pooled within each behaviour by the pooling of
+        its field; the zero vector where it has no value.
+
+        Raises:
+            ConfigError: see :meth:`attributes`.
+        """
+        names = self.attributes(history).names
+        parts: dict[str, Tensor] = {}
+        for table in self._tables:
+            mine = [name for name in names if name in table.places]
+            flat = [name for name in mine if batch.sequences[name].inner is None]
+            if flat:
+                x_NAD = table.read([batch.sequences[name].values for name in flat], flat)
+                parts |= zip(flat, x_NAD.split(1, dim=1), strict=True) if len(flat) < len(names) else {"": x_NAD}
+            for name in mine:
+                if (inner := batch.sequences[name].inner) is not None:
+                    parts[name] = table.bags(batch.sequences[name].values, inner, name).unsqueeze(1)
+        x_NAD = parts[""] if "" in parts else torch.cat([parts[name] for name in names], dim=1)
+        return Behaviours(F.dropout(x_NAD, self.config.dropout, self.training), batch.sequences[names[0]].offsets)
+
+    def targets(self, batch: Batch, history: str) -> Tensor:
+        """What the candidate has for the attributes of a history: rows of the same tables. Shape: Batch → [B, A, D].
+
+        An attribute that no field of the candidate shares, such as the time gap, is a zero vector here: so both sides have the
+        same width.
+
+        Raises:
+            ConfigError: see :meth:`attributes`.
+        """
+        names = self.attributes(history).names
+        target_of = dict(self._histories[history])
+        zero_B1D = batch.dense.new_zeros(len(batch), 1, self.config.dim)
+        parts = dict.fromkeys(names, zero_B1D)
+        for table in self._tables:
+            sparse = {name: t for name in names if (t := target_of[name]) in table.sparse_names}
+            if sparse:
+                ids = [batch.sparse[:, table.sparse_at[t]] for t in sparse.values()]
+                parts |= zip(sparse, table.read(ids, list(sparse.values())).split(1, dim=1), strict=True)
+            for name in names:
+                t = target_of[name]
+                if t is not None and t in table.places and t not in table.sparse_names:
+                    bag = batch.sequences[t].flat
+                    parts[name] = table.bags(bag.values, bag.offsets, t).unsqueeze(1)
+        return F.dropout(torch.cat([parts[name] for name in names], dim=1), self.config.dropout, self.training)
 
     @property
     def vocabularies(self) -> dict[str, Tensor]:
@@ -225,6 +309,7 @@ class _Table(nn.Module):
         sparse: Sequence[tuple[int, SparseColumn]],
         num_columns: int,
         sequences: Sequence[SequenceColumn],
+        silent: Collection[str],
         config: FeatureEmbedding.Config,
         *,
         trained: bool,
@@ -240,9 +325,14 @@ class _Table(nn.Module):
             self.rows.weight[list(self.first_row.values())] = 0
         self.rows.weight.requires_grad_(trained)
         mine = [(i, c) for i, c in sparse if c.table in sizes]
-        self.sparse_names, self.sparse_tables = [c.name for _, c in mine], [c.table for _, c in mine]
+        self.sparse_names = [c.name for _, c in mine]
         self.sequences = [c for c in sequences if c.table in sizes]
+        self.silent = silent
+        self.names = [*self.sparse_names, *(c.name for c in self.sequences)]  # in the order of the projections
+        self.tables = [*(c.table for _, c in mine), *(c.table for c in self.sequences)]
+        self.places = {name: i for i, name in enumerate(self.names)}
         columns, offsets = [i for i, _ in mine], [self.first_row[c.table] for _, c in mine]
+        self.sparse_at = dict(zip(self.sparse_names, columns, strict=True))
         self.all_columns = columns == list(range(num_columns))
         self.columns: Tensor
         self.offsets: Tensor
@@ -251,8 +341,7 @@ class _Table(nn.Module):
         self.gate: Gate | None = None
         self.first_gate: dict[str, int] = {}
         self.gate_offsets: Tensor
-        count = len(mine) + len(self.sequences)
-        self.projection = None if width == config.dim else nn.Parameter(torch.empty(count, width, config.dim))
+        self.projection = None if width == config.dim else nn.Parameter(torch.empty(len(self.names), width, config.dim))
         if self.projection is not None:
             for matrix in self.projection:
                 nn.init.xavier_normal_(matrix)
@@ -260,13 +349,8 @@ class _Table(nn.Module):
     def attach(self, first: Mapping[str, int], gate: Gate) -> None:
         self.gate = gate
         self.first_gate = {name: first.get(name, _UNGATED) for name in self.sizes}
-        offsets = torch.tensor([self.first_gate[name] for name in self.sparse_tables], dtype=torch.int32)
+        offsets = torch.tensor([self.first_gate[name] for name in self.tables[: len(self.sparse_names)]], dtype=torch.int32)
         self.register_buffer("gate_offsets", offsets.to(self.offsets.device), persistent=False)
-
-    @property
-    def names(self) -> list[str]:
-        """The fields that read the table, in the order of the projections."""
-        return [*self.sparse_names, *(c.name for c in self.sequences)]
 
     def forward(self, ids_BF: Tensor) -> Tensor | None:
         if not self.sparse_names:
@@ -282,20 +366,37 @@ class _Table(nn.Module):
         return torch.einsum("bfw,fwd->bfd", x_BFD, self.projection[: len(self.sparse_names)])
 
     def pool(self, sequences: Mapping[str, Ragged]) -> list[Tensor]:
-        """One [B, 1, D] token per sequence."""
-        tokens = []
-        for i, column in enumerate(self.sequences):
-            ragged = sequences[column.name]
-            ids_N = self._drop_tokens(ragged.values)
-            gate_N1: Tensor | None = None
-            if self.gate is not None:
-                gate_N1 = self.gate(_numbers(ids_N, self.first_gate[column.table]).clamp(min=0))
-                ids_N = ids_N * (gate_N1.squeeze(1) != 0)
-            pooled = self.rows.pool(_numbers(ids_N, self.first_row[column.table]), ragged.offsets, column.pooling, gate_N1)
-            if self.projection is not None:
-                pooled = pooled @ self.projection[len(self.sparse_names) + i]
-            tokens.append(pooled.unsqueeze(1))
-        return tokens
+        """One [B, 1, D] token per sequence that has one."""
+        bags = {c.name: sequences[c.name].flat for c in self.sequences if c.name not in self.silent}
+        return [self.bags(bag.values, bag.offsets, name).unsqueeze(1) for name, bag in bags.items()]
+
+    def bags(self, ids_N: Tensor, offsets_B1: Tensor, name: str) -> Tensor:
+        """[B, D]: the rows of every stretch of the ids of a sequence field, pooled as the field says."""
+        i = self.places[name]
+        column = self.sequences[i - len(self.sparse_names)]
+        ids_N = self._drop_tokens(ids_N)
+        gate_N1: Tensor | None = None
+        if self.gate is not None:
+            gate_N1 = self.gate(_numbers(ids_N, self.first_gate[column.table]).clamp(min=0))
+            ids_N = ids_N * (gate_N1.squeeze(1) != 0)
+        pooled = self.rows.pool(_numbers(ids_N, self.first_row[column.table]), offsets_B1, column.pooling, gate_N1)
+        return pooled if self.projection is None else pooled @ self.projection[i]
+
+    def read(self, ids: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+        """[N, A, D]: the rows of A lists of N ids, as those of these fields."""
+        dropped = [self._drop_tokens(ids_N) for ids_N in ids]
+        places = [self.places[name] for name in names]
+
+        def numbers(first: Mapping[str, int]) -> Tensor:
+            each = (_numbers(ids_N, first[self.tables[i]]) for ids_N, i in zip(dropped, places, strict=True))
+            return torch.stack(list(each), dim=1)
+
+        x_NAD = cast(Tensor, self.rows(numbers(self.first_row)))
+        if self.gate is not None:
+            x_NAD = x_NAD * self.gate(numbers(self.first_gate).clamp(min=0))
+        if self.projection is None:
+            return x_NAD
+        return torch.einsum("naw,awd->nad", x_NAD, torch.stack([self.projection[i] for i in places]))
 
     def _drop_tokens(self, ids: Tensor) -> Tensor:
         if not self.training or self.token_dropout == 0:

@@ -1,19 +1,22 @@
-"""What training minimises: weighted log loss, auxiliary losses, and the gradients of L2 penalties."""
+"""What training minimises: weighted log loss, auxiliary and contrastive losses, and the gradients of L2 penalties."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output, embedding_parameters
-from ctrlib.config import ConfigError
+from ctrlib.config import ConfigError, check_choice, positive
 from ctrlib.schema import DataError
 
 EmbeddingL2Mode = Literal["full_table", "batch_rows", "elapsed"]
+Similarity = Literal["dot", "cosine"]
+NegativesFrom = Literal["anchor", "positive"]
 
 
 def bce_loss(logits: Tensor, labels_BT: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -60,6 +63,77 @@ def total_loss(output: Output, batch: Batch) -> Tensor:
     for auxiliary in output.auxiliary.values():
         loss = loss + auxiliary
     return loss
+
+
+def info_nce(
+    anchor_BD: Tensor,
+    positive_BD: Tensor,
+    *,
+    similarity: Similarity = "cosine",
+    temperature: float = 0.1,
+    exclude_BB: Tensor | None = None,
+    rows_B: Tensor | None = None,
+    num_negatives: int | None = None,
+    negatives_from: NegativesFrom = "positive",
+    symmetric: bool = False,
+) -> Tensor:
+    """Contrastive loss of two views of each row against the other rows of the batch (InfoNCE, arXiv:1807.03748).
+
+        L = −(1/n) Σ_i ln( e^{s(a_i, p_i)/τ} / (e^{s(a_i, p_i)/τ} + Σ_{l ∈ N(i)} e^{s(a_i, x_l)/τ}) )
+
+    with x the positives or the anchors, s the dot product or the cosine, and N(i) the rows l ≠ i that are not excluded. A row
+    without negatives loses 0; so does a batch without rows. Computed in float32 at least; memory is that of some [B, B] tensors.
+
+    Args:
+        anchor_BD, positive_BD: the views; the cosine of a zero vector is 0.
+        similarity: s.
+        temperature: τ.
+        exclude_BB: True at (i, l) where row l must not be a negative of row i, such as rows of one user.
+        rows_B: False for rows that are left out, as anchors and as negatives; ``None``: all count.
+        num_negatives: as many rows, drawn anew for every anchor from N(i); ``None``: all, and no random number is drawn.
+        negatives_from: x, the positives or the anchors of the other rows.
+        symmetric: the mean of the loss and of that with anchors and positives exchanged.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: an unknown option, a temperature or a number that is not above 0, views of different shapes.
+    """
+    check_choice("similarity", similarity, get_args(Similarity))
+    check_choice("negatives_from", negatives_from, get_args(NegativesFrom))
+    positive("temperature", temperature)
+    if num_negatives is not None:
+        positive("num_negatives", num_negatives)
+    if anchor_BD.ndim != 2 or anchor_BD.shape != positive_BD.shape:
+        raise ConfigError(
+            f"the two views have shapes {tuple(anchor_BD.shape)} and {tuple(positive_BD.shape)}; expected one vector for every "
+            "row in each, of the same width"
+        )
+    # No autocast: a similarity rounded to half precision and divided by a small temperature is off by whole units.
+    with torch.autocast(anchor_BD.device.type, enabled=False):
+        dtype = torch.promote_types(anchor_BD.dtype, torch.float32)
+        anchor_BD, positive_BD = anchor_BD.to(dtype), positive_BD.to(dtype)
+        if similarity == "cosine":
+            anchor_BD, positive_BD = (F.normalize(x_BD, dim=1, eps=1e-6) for x_BD in (anchor_BD, positive_BD))
+        closed_BB = torch.eye(anchor_BD.shape[0], dtype=torch.bool, device=anchor_BD.device)
+        if exclude_BB is not None:
+            closed_BB = closed_BB | exclude_BB
+        if rows_B is not None:
+            closed_BB = closed_BB | ~rows_B
+        views = [(anchor_BD, positive_BD), (positive_BD, anchor_BD)] if symmetric else [(anchor_BD, positive_BD)]
+        losses = []
+        for a_BD, p_BD in views:
+            own_B1 = (a_BD * p_BD).sum(1, keepdim=True) / temperature
+            others_BD = p_BD if negatives_from == "positive" else a_BD
+            others_BB = (a_BD @ others_BD.T / temperature).masked_fill(closed_BB, -math.inf)
+            if num_negatives is not None:
+                keys_BB = torch.rand_like(others_BB).masked_fill(closed_BB, -1.0)
+                others_BB = others_BB.gather(1, keys_BB.topk(min(num_negatives, len(keys_BB)), dim=1).indices)
+            loss_B = torch.logsumexp(torch.cat([own_B1, others_BB], dim=1), dim=1) - own_B1.squeeze(1)
+            losses.append(loss_B if rows_B is None else torch.where(rows_B, loss_B, 0.0))
+        count = max(anchor_BD.shape[0], 1) if rows_B is None else rows_B.sum().clamp(min=1)
+        return torch.stack(losses).mean(0).sum() / count
 
 
 @torch.no_grad()

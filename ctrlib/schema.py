@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 Side = Literal["context", "candidate"]
 NumericEncoding = Literal["standardize", "log", "minmax", "piecewise", "criteo_log", "bucket"]
 Pooling = Literal["mean", "sum", "max"]
+OnLeak = Literal["drop", "refuse"]
 
 PADDING_ID = 0  # a zero vector, never trained
 OOV_ID = 1  # unseen, or seen fewer than min_count times in the training rows
@@ -127,6 +128,8 @@ class SequenceField:
         pooling: how the bag becomes one vector where a model does not read the sequence itself.
         max_length: keep only the last ``max_length`` values; ``None``: no limit (nothing is padded).
         separator: where values are strings such as ``"a|b|c"``.
+        nested: the column holds lists of lists, several values for every behaviour of a :class:`History`. ``pooling`` then also
+            makes one vector of the values of a behaviour; a token of the whole row pools all values alike.
         side, min_count, max_size, hash_size, shares: see :class:`SparseField`.
     """
 
@@ -140,6 +143,7 @@ class SequenceField:
     max_size: int | None = None
     hash_size: int | None = None
     shares: str | None = None
+    nested: bool = False
 
     def __post_init__(self) -> None:
         _check_choice(self.name, "side", self.side, get_args(Side))
@@ -149,6 +153,11 @@ class SequenceField:
             raise DataError(f"field {self.name!r}: max_length is {self.max_length}; expected 1 or more, or null")
         if self.separator == "":
             raise DataError(f"field {self.name!r}: separator is empty; give the character between values, or null")
+        if self.nested and self.separator is not None:
+            raise DataError(
+                f"field {self.name!r}: nested needs a column of lists of lists, which a separator cannot cut out of text; remove "
+                "one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +204,43 @@ def is_category(f: Field) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """Behaviours of a user, oldest first, with several attributes each: aligned sequence fields.
+
+    Every row has equally many behaviours in each of its columns. With ``times`` and the schema's ``time`` the leak guard holds:
+    a behaviour at or after the time of its row could not be known then, and is dropped or refused.
+
+    Args:
+        name: by which models ask for it.
+        fields: sequence fields with ``ordered``; of each behaviour they hold one value, or with ``nested`` several. An attribute
+            that ``shares`` the vocabulary of a candidate's field is compared with it.
+        times: column of lists with the times of the behaviours: numbers, timestamps or dates, never falling within a row.
+        gaps: name of one more attribute, made of the time between a behaviour and its row: its ids are
+            2 + ⌊log₂(1 + gap)⌋. Gaps between numbers are in their unit, those between timestamps or dates in seconds.
+        max_length: keep the most recent behaviours only, after the guard; ``None``: all (nothing is padded).
+        on_leak: ``"drop"`` behaviours at or after the row's time, and count them, or ``"refuse"`` the data.
+    """
+
+    name: str = "history"
+    fields: tuple[str, ...]
+    times: str | None = None
+    gaps: str | None = None
+    max_length: int | None = None
+    on_leak: OnLeak = "drop"
+
+    def __post_init__(self) -> None:
+        names: object = self.fields  # of a schema written by hand, anything
+        if not _is_list_of(str, names) or not self.fields or len(set(self.fields)) < len(self.fields):
+            raise DataError(f"history {self.name!r}: fields is {names!r:.80}; expected the names of one or more sequence fields")
+        if self.on_leak not in get_args(OnLeak):
+            raise DataError(f"history {self.name!r}: on_leak is {self.on_leak!r}; expected one of {', '.join(get_args(OnLeak))}")
+        if self.max_length is not None and self.max_length < 1:
+            raise DataError(f"history {self.name!r}: max_length is {self.max_length}; expected 1 or more, or null")
+        if self.gaps is not None and self.times is None:
+            raise DataError(f"history {self.name!r}: gaps needs the times of the behaviours; name their column in times")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Schema:
     """What a person declares of a data set; see :meth:`infer`, :meth:`load`.
 
@@ -205,6 +251,7 @@ class Schema:
         time: column by which the default split is made; not a feature unless it is also a field.
         weight: column of non-negative row weights.
         ignored: columns that are not features, with the reason; for people to read.
+        histories: which sequence fields are attributes of the same behaviours.
     """
 
     fields: tuple[Field, ...]
@@ -213,6 +260,7 @@ class Schema:
     time: str | None = None
     weight: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
+    histories: tuple[History, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.labels:
@@ -258,6 +306,41 @@ class Schema:
             if (pair := frozenset(f.of)) in crossed:
                 raise DataError(f"fields {crossed[pair]!r} and {f.name!r} cross the same two fields; remove one of the two")
             crossed[pair] = f.name
+        self._check_histories()
+
+    def _check_histories(self) -> None:
+        by_name = {f.name: f for f in self.fields}
+        ordered = [f.name for f in self.fields if isinstance(f, SequenceField) and f.ordered]
+        columns = {*by_name, *self.labels, self.group, self.time, self.weight}
+        names: set[str] = set()
+        owner: dict[str, str] = {}
+        for h in self.histories:
+            if h.name in names:
+                raise DataError(f"the schema has two histories named {h.name!r}; rename one of them")
+            names.add(h.name)
+            for name in h.fields:
+                f = by_name.get(name)
+                if not isinstance(f, SequenceField) or not f.ordered:
+                    raise DataError(
+                        f"history {h.name!r} has {name!r}, which is not a sequence field with ordered{suggest(name, ordered)}"
+                    )
+                if name in owner:
+                    raise DataError(f"field {name!r} is in histories {owner[name]!r} and {h.name!r}; it can be in one only")
+                if f.max_length is not None:
+                    raise DataError(f"field {name!r} is in history {h.name!r}; set max_length there, not on the field")
+                owner[name] = h.name
+            if h.times in (*self.labels, *h.fields):
+                raise DataError(f"history {h.name!r}: times is {h.times!r}, a label or one of its fields; name a column of times")
+            if h.gaps is None:
+                continue
+            if self.time is None:
+                raise DataError(f"history {h.name!r}: gaps needs the time of the row; name its column in the schema's time")
+            if h.gaps in columns or h.gaps == h.times:
+                raise DataError(f"history {h.name!r}: gaps is {h.gaps!r}, a column of the data; give the new attribute another name")
+            columns.add(h.gaps)
+        for f in self.fields:
+            if isinstance(f, SequenceField) and f.nested and f.name not in owner:
+                raise DataError(f"field {f.name!r} is nested, but in no history; expected it among the fields of one")
 
     def __getitem__(self, name: str) -> Field:
         for f in self.fields:
@@ -272,8 +355,12 @@ class Schema:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The raw columns that the fields read: all fields but crosses."""
-        return tuple(f.name for f in self.fields if not isinstance(f, CrossField))
+        """The raw columns that scoring reads: of all fields but crosses, and the times of histories and of their rows."""
+        names = [f.name for f in self.fields if not isinstance(f, CrossField)]
+        times = [h.times for h in self.histories if h.times is not None]
+        if times and self.time is not None:
+            times.append(self.time)
+        return tuple(dict.fromkeys([*names, *times]))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -287,6 +374,13 @@ class Schema:
             self[f.name]
         by_name = {f.name: f for f in changed}
         return replace(self, fields=tuple(by_name.get(f.name, f) for f in self.fields))
+
+    def with_only(self, fields: Iterable[Field]) -> Schema:
+        """A schema of these fields and no others; histories keep the attributes that are among them, and one without any goes."""
+        kept = tuple(fields)
+        names = {f.name for f in kept}
+        histories = (replace(h, fields=left) for h in self.histories if (left := tuple(n for n in h.fields if n in names)))
+        return replace(self, fields=kept, histories=tuple(histories))
 
     def with_crosses(
         self,
@@ -351,18 +445,14 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts; options at their defaults are left out so that a person can read the rest."""
         kinds = {cls: kind for kind, cls in _KINDS.items()}
-        out: list[dict[str, Any]] = []
-        for f in self.fields:
-            defaults = {d.name: d.default for d in fields(f)}
-            options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(f).items()}
-            changed = {k: v for k, v in options.items() if k != "name" and v != defaults[k]}
-            out.append({"name": f.name, "kind": kinds[type(f)], **changed})
+        out = [{"name": f.name, "kind": kinds[type(f)], **_changed_options(f)} for f in self.fields]
         special = {"group": self.group, "time": self.time, "weight": self.weight}
         return {
             "labels": list(self.labels),
             **{k: v for k, v in special.items() if v is not None},
             "fields": out,
             **({"ignored": dict(self.ignored)} if self.ignored else {}),
+            **({"histories": [{"name": h.name, **_changed_options(h)} for h in self.histories]} if self.histories else {}),
         }
 
     @classmethod
@@ -379,6 +469,8 @@ class Schema:
         entries, labels, ignored = data.get("fields", []), data.get("labels", []), data.get("ignored", {})
         if not _is_list_of(Mapping, entries):
             raise DataError(f"schema: fields is {entries!r:.80}; expected a list of objects with name and kind")
+        if not _is_list_of(Mapping, data.get("histories", [])):
+            raise DataError(f"schema: histories is {data['histories']!r:.80}; expected a list of objects with name and fields")
         if not _is_list_of(str, labels):
             raise DataError(f"schema: labels is {labels!r:.80}; expected a list of column names")
         if not isinstance(ignored, Mapping):
@@ -399,18 +491,12 @@ class Schema:
                 raise DataError(f"schema: a {kind} field has no name")
             if kind == "cross" and "of" not in options:
                 raise DataError(f'schema: field {options["name"]!r} (cross) has no "of"; expected the names of two fields')
-            allowed = get_type_hints(_KINDS[kind])
-            for option, value in options.items():
-                if option not in allowed:
-                    raise DataError(
-                        f"schema: field {options['name']!r} ({kind}) has no option {option!r}{suggest(option, allowed)}"
-                    )
-                if type(value) not in _types(allowed[option]):
-                    wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _types(allowed[option]))
-                    raise DataError(f"schema: field {options['name']!r}: {option} is {value!r}; expected {wanted}")
-            if isinstance(options.get("of"), list):
-                options["of"] = tuple(options["of"])
-            parsed.append(_KINDS[kind](**options))
+            parsed.append(_KINDS[kind](**_checked_options(f"field {options['name']!r}", _KINDS[kind], options, f" ({kind})")))
+        histories: list[History] = []
+        for entry in data.get("histories", []):
+            if "fields" not in entry:
+                raise DataError(f'schema: history {entry.get("name")!r} has no "fields"; expected the names of sequence fields')
+            histories.append(History(**_checked_options(f"history {entry.get('name')!r}", History, entry)))
         return cls(
             fields=tuple(parsed),
             labels=tuple(labels),
@@ -418,6 +504,7 @@ class Schema:
             time=data.get("time"),
             weight=data.get("weight"),
             ignored=dict(ignored),
+            histories=tuple(histories),
         )
 
     def save(self, path: str | Path) -> None:
@@ -448,6 +535,27 @@ class Schema:
         return cls.from_json(data)
 
 
+def _changed_options(entry: Field | History) -> dict[str, Any]:
+    """For JSON: the options that are not at their defaults, without the name."""
+    defaults = {d.name: d.default for d in fields(entry)}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(entry).items()}
+    return {k: v for k, v in options.items() if k != "name" and v != defaults[k]}
+
+
+def _checked_options(
+    what: str, cls: type[Field | History], options: Mapping[str, Any], kind: str = ""
+) -> dict[str, Any]:
+    """From JSON: the options of ``what`` (``"field 'x'"``), if ``cls`` has them and takes values of their types."""
+    allowed = get_type_hints(cls)
+    for option, value in options.items():
+        if option not in allowed:
+            raise DataError(f"schema: {what}{kind} has no option {option!r}{suggest(option, allowed)}")
+        if type(value) not in _types(allowed[option]):
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _types(allowed[option]))
+            raise DataError(f"schema: {what}: {option} is {value!r}; expected {wanted}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class SparseColumn:
     """One column of ``Batch.sparse``. Ids run from 0 (padding) and 1 (OOV) to ``vocab_size`` − 1.
@@ -476,13 +584,27 @@ class DenseColumn:
 
 @dataclass(frozen=True, slots=True)
 class SequenceColumn:
-    """One entry of ``Batch.sequences``; ids as in :class:`SparseColumn`."""
+    """One entry of ``Batch.sequences``; ids as in :class:`SparseColumn`. ``nested``: several values for every behaviour."""
 
     name: str
     vocab_size: int
     table: str
     pooling: Pooling = "mean"
     ordered: bool = False
+    nested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryColumn:
+    """A history: entries of ``Batch.sequences`` that are attributes of the same behaviours.
+
+    ``targets[i]`` is the column of the candidate that reads the same vocabulary as ``fields[i]``: a sparse one, else a bag;
+    ``None`` where there is none, as for the time gap.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    targets: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,6 +615,7 @@ class BatchLayout:
     dense: tuple[DenseColumn, ...] = ()
     sequences: tuple[SequenceColumn, ...] = ()
     labels: tuple[str, ...] = ("label",)
+    histories: tuple[HistoryColumn, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.dice import Dice
 from ctrlib.schema import FieldLayout
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "leaky_relu", "sigmoid", "none"]
+UnitActivation = Literal[Activation, "prelu", "dice"]  # the last two are learned, unit by unit
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,12 +28,19 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 Norm = Literal["none", "batch", "layer"]
 
 
-def after_linear(units: int, *, norm: Norm, activation: Activation, dropout: float = 0.0) -> list[nn.Module]:
+def activation_layer(activation: UnitActivation, units: int) -> nn.Module:
+    """The activation of a layer of so many units."""
+    if activation == "prelu":
+        return nn.PReLU(units)
+    return Dice(units) if activation == "dice" else ACTIVATIONS[activation]()
+
+
+def after_linear(units: int, *, norm: Norm, activation: UnitActivation, dropout: float = 0.0) -> list[nn.Module]:
     """What follows a linear layer of so many units: norm, activation, dropout, as far as they are wanted."""
     layers: list[nn.Module] = []
     if norm != "none":
         layers.append(nn.BatchNorm1d(units) if norm == "batch" else nn.LayerNorm(units))
-    layers.append(ACTIVATIONS[activation]())
+    layers.append(activation_layer(activation, units))
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
     return layers
@@ -53,7 +62,7 @@ class MLP(Interaction):
         Attributes:
             hidden_units: width of each hidden layer; may be empty if ``output_dim`` is given.
             output_dim: width of the last plain linear layer; ``None``, the default, for none.
-            activation: of the hidden layers.
+            activation: of the hidden layers; ``"prelu"`` and ``"dice"`` (:class:`.Dice`) are learned, a parameter a unit.
             norm: ``"batch"`` or ``"layer"`` normalisation before the activation.
             dropout: after the activation of every hidden layer.
 
@@ -63,7 +72,7 @@ class MLP(Interaction):
 
         hidden_units: tuple[int, ...] = (400, 400, 400)
         output_dim: int | None = None
-        activation: Activation = "relu"
+        activation: UnitActivation = "relu"
         norm: Norm = "none"
         dropout: float = 0.0
 
