@@ -119,9 +119,9 @@ class AdaptiveFusion(Interaction):
         present_BA = zero_BA.index_add(1, self.of, present_BF) > 0
         h_BAK = self.bias_AK.to(y_BFK.dtype).expand(y_BFK.shape[0], -1, -1).index_add(1, self.of, y_BFK)
         h_BAK = torch.where(present_BA.unsqueeze(-1), h_BAK, 0.0)
-        score_BA = cast(Tensor, self.score(self.hidden(h_BAK.flatten(1)).tanh())).float()
+        score_BA = cast(Tensor, self.score(self.hidden(h_BAK.flatten(1)).tanh()))
         # A row without any present modality has no weights; the smallest float stands for −∞, of which softmax would be NaN.
-        weight_BA = score_BA.masked_fill(~present_BA, torch.finfo(torch.float32).min).softmax(-1) * present_BA
+        weight_BA = score_BA.masked_fill(~present_BA, torch.finfo(score_BA.dtype).min).softmax(-1) * present_BA
         return h_BAK, weight_BA.to(h_BAK.dtype)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

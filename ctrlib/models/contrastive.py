@@ -112,6 +112,20 @@ class Contrast(nn.Module):
         )
 
 
+def check_encoder(what: str, block: Interaction) -> None:
+    """Raise :class:`ConfigError` if a block that also scores whole rows cannot encode views."""
+    if block.out.width == 1:
+        raise ConfigError(
+            f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a block "
+            "that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
+        )
+    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in block.modules()):
+        raise ConfigError(
+            f"{what} ({type(block).__name__}) has batch norms, whose running statistics would be those of views and whole rows "
+            "mixed; set encoder to a block of its own, or choose another norm"
+        )
+
+
 class Identity(nn.Module):
     """Which rows of a batch agree in some sparse columns.
 
@@ -215,16 +229,7 @@ class ContrastiveModel(CTRModel):
             self.encoder = build(config.encoder, self.embedding.out)
             initialize(self.encoder, config.weight_init)
             return
-        if self.interaction.out.width == 1:
-            raise ConfigError(
-                f"{config.interaction.component.__name__} returns one number, of which no two views can be compared; set "
-                "encoder to a block that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
-            )
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.interaction.modules()):
-            raise ConfigError(
-                "the interaction has batch norms, whose running statistics would be those of views and whole rows mixed; set "
-                "encoder to a block of its own, or another norm"
-            )
+        check_encoder("the interaction", self.interaction)
 
     @evaluating
     def explain(self, batch: Batch) -> dict[str, Tensor]:

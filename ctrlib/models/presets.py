@@ -14,6 +14,7 @@ from typing import Literal
 
 from ctrlib.config import ConfigError, Table
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.interactions.afm import AFM
 from ctrlib.interactions.afn import LogTransform
 from ctrlib.interactions.aoanet import GeneralizedInteraction
@@ -52,6 +53,7 @@ from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
 from ctrlib.interactions.sam import SAM
 from ctrlib.interactions.wukong import Wukong
+from ctrlib.models.contrastive import ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.ensemble import EnsembleModel
 from ctrlib.models.final_mlp import FinalMLPModel
@@ -59,6 +61,7 @@ from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.models.optinter import OptInter
+from ctrlib.models.two_tower import TwoTower
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -749,6 +752,9 @@ COMPONENTS: Table = {
         IFM,
         OptInter,
         AutoFIS,
+        AdaptiveFusion,
+        ContrastiveModel,
+        TwoTower,
     )
 }
 

@@ -19,7 +19,7 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.interactions.base import Axes, Interaction, build, evaluating
 from ctrlib.losses import info_nce
-from ctrlib.models.contrastive import Contrast, ContrastConfig, Identity, KnownIds
+from ctrlib.models.contrastive import Contrast, ContrastConfig, Identity, KnownIds, check_encoder
 from ctrlib.models.ctr import ModelComponent, initialize
 from ctrlib.schema import BatchLayout, FieldLayout, suggest
 
@@ -91,6 +91,9 @@ class TwoTower(ModelComponent):
                 f"the user's tower returns {self.width} numbers and the item's {self.item_tower.out.width}; expected as many: "
                 "give the last blocks one width"
             )
+        if config.contrast.weight > 0:
+            check_encoder("user_tower", self.user_tower)
+            check_encoder("item_tower", self.item_tower)
         self.bias = nn.Parameter(torch.zeros(()))
         self.known = KnownIds(config.id_fields, config.id_dropout, layout)
         self.user_contrast, self.item_contrast = (
