@@ -99,9 +99,8 @@ class Contrast(nn.Module):
     def forward(self, batch: Batch, x_BFD: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """The batch as it came, its tokens, the encoder → a scalar."""
         x_BFD = x_BFD * self.mine
-        first_BK, second_BK = (
-            encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1) for _ in range(2)
-        )
+        first_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
+        second_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
         return self.config.weight * info_nce(
             first_BK,
             second_BK,
