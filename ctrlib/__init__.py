@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
-    from ctrlib.schema import CrossField, DataError, DenseField, Schema, SequenceField, SparseField
+    from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 
@@ -36,7 +36,7 @@ _MODULES = {
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
-    "schema": ("CrossField", "DataError", "DenseField", "Schema", "SequenceField", "SparseField"),
+    "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
 }
@@ -54,6 +54,7 @@ __all__ = [
     "Encoder",
     "FeatureEmbedding",
     "FitConfig",
+    "History",
     "Loader",
     "Output",
     "RunConfig",

@@ -14,6 +14,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,7 @@ def _read_movies(path: Path) -> pa.Table:
     movie_ids: list[int] = []
     buckets: list[str] = []
     genres: list[list[str]] = []
+    words: list[list[str]] = []
     for number, (movie_id, title, genre_names) in _read_dat(path, ("movie_id", "title (year)", "genre|genre")):
         year = TITLE_YEAR.search(title)
         bucket = release_bucket(int(year[1])) if year else None
@@ -128,8 +130,10 @@ def _read_movies(path: Path) -> pa.Table:
         movie_ids.append(_integer(movie_id, "movie_id", path, number))
         buckets.append(bucket)
         genres.append(genre_names.split("|"))
-    types = [("movie_id", pa.int32()), ("release_year", pa.string()), ("genres", pa.list_(pa.string()))]
-    return pa.table([movie_ids, buckets, genres], schema=pa.schema(types))
+        words.append(re.findall(r"\w+", TITLE_YEAR.sub("", title).lower()))
+    texts = pa.list_(pa.string())
+    types = [("movie_id", pa.int32()), ("release_year", pa.string()), ("genres", texts), ("title", texts)]
+    return pa.table([movie_ids, buckets, genres, words], schema=pa.schema(types))
 
 
 def _read_ratings(path: Path) -> dict[str, npt.NDArray[np.int64]]:
@@ -177,6 +181,56 @@ def _fetch(folder: Path) -> None:
         raise DataError(f"{archive}: not the archive of GroupLens ({error}); delete it and start again") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ratings:
+    """All ratings, in the order of their file, and what is known of users and movies.
+
+    Attributes:
+        file: of the ratings.
+        users, movies: a row each; of a movie ``movie_id``, ``release_year``, ``genres`` and ``title`` (its words).
+        user_row, movie_row: for every rating, the row of its user and of its movie.
+        stars: 1 to 5.
+        timestamp: ``None`` where the file has none.
+    """
+
+    file: Path
+    users: pa.Table
+    movies: pa.Table
+    user_row: npt.NDArray[np.int64]
+    movie_row: npt.NDArray[np.int64]
+    stars: npt.NDArray[np.int64]
+    timestamp: npt.NDArray[np.int64] | None
+
+
+def read(raw: Path | None, out: Path) -> Ratings:
+    """Read the raw files; without ``raw`` they are first downloaded to ``out/raw``.
+
+    Raises:
+        DataError: a raw file is missing, cannot be downloaded, or is not what its name says.
+    """
+    if raw is None:
+        raw = out / "raw"
+        _fetch(raw)
+    name = RATINGS_PARQUET if not (raw / RATINGS).is_file() and (raw / RATINGS_PARQUET).is_file() else RATINGS
+    common.require_files(raw, name, USERS, MOVIES)
+    for known in (name, USERS, MOVIES):
+        common.check_known(raw / known, KNOWN)
+    users, movies, ratings = _read_users(raw / USERS), _read_movies(raw / MOVIES), _read_ratings(raw / name)
+    stars = ratings["rating"]
+    wrong = np.flatnonzero((stars < 1) | (stars > 5))
+    if wrong.size:
+        raise DataError(f"{_place(raw / name, wrong[0])}: rating is {stars[wrong[0]]}; expected 1 to 5 stars")
+    return Ratings(
+        file=raw / name,
+        users=users,
+        movies=movies,
+        user_row=_rows_of(ratings["user_id"], raw / name, "user_id", users, raw / USERS),
+        movie_row=_rows_of(ratings["movie_id"], raw / name, "movie_id", movies, raw / MOVIES),
+        stars=stars,
+        timestamp=ratings.get("timestamp"),
+    )
+
+
 def prepare(raw: Path | None, out: Path, *, ids: bool = True) -> tuple[common.OutputFile, ...]:
     """Write ``data.parquet``, in the order of the ratings, and the schema.
 
@@ -194,39 +248,26 @@ def prepare(raw: Path | None, out: Path, *, ids: bool = True) -> tuple[common.Ou
     Raises:
         DataError: a raw file is missing, cannot be downloaded, or is not what its name says.
     """
-    if raw is None:
-        raw = out / "raw"
-        _fetch(raw)
-    name = RATINGS_PARQUET if not (raw / RATINGS).is_file() and (raw / RATINGS_PARQUET).is_file() else RATINGS
-    common.require_files(raw, name, USERS, MOVIES)
-    for known in (name, USERS, MOVIES):
-        common.check_known(raw / known, KNOWN)
-    users, movies, ratings = _read_users(raw / USERS), _read_movies(raw / MOVIES), _read_ratings(raw / name)
-    stars = ratings["rating"]
-    wrong = np.flatnonzero((stars < 1) | (stars > 5))
-    if wrong.size:
-        raise DataError(f"{_place(raw / name, wrong[0])}: rating is {stars[wrong[0]]}; expected 1 to 5 stars")
-    user_rows = _rows_of(ratings["user_id"], raw / name, "user_id", users, raw / USERS)
-    movie_rows = _rows_of(ratings["movie_id"], raw / name, "movie_id", movies, raw / MOVIES)
-    kept = stars != 3
-    of_user, of_movie = users.take(pa.array(user_rows[kept])), movies.take(pa.array(movie_rows[kept]))
+    data = read(raw, out)
+    kept = data.stars != 3
+    of_user, of_movie = data.users.take(pa.array(data.user_row[kept])), data.movies.take(pa.array(data.movie_row[kept]))
     columns = {
-        "label": pa.array((stars[kept] > 3).astype(np.int8)),
+        "label": pa.array((data.stars[kept] > 3).astype(np.int8)),
         "user_id": of_user["user_id"],
         "movie_id": of_movie["movie_id"],
         **{column: of_user[column] for column in USER_COLUMNS[1:]},
         "release_year": of_movie["release_year"],
         "genres": of_movie["genres"],
     }
-    if "timestamp" in ratings:
-        columns["timestamp"] = pa.array(ratings["timestamp"][kept])
+    if data.timestamp is not None:
+        columns["timestamp"] = pa.array(data.timestamp[kept])
     else:
-        print(f"note: {name} has no time, one of the seven fields of AutoInt; the original {RATINGS} has it")
+        print(f"note: {data.file.name} has no time, one of the seven fields of AutoInt; the original {RATINGS} has it")
     table = pa.table(columns)
     file = common.write_parquet([table], table.schema, out / "data.parquet")
     if file.rows != RATED_ROWS:
         print(f"note: the published set has {RATED_ROWS:,} rows")
-    make_schema(ids=ids, time="timestamp" in ratings).save(out / "schema.json")
+    make_schema(ids=ids, time=data.timestamp is not None).save(out / "schema.json")
     print(TERMS)
     return (file,)
 

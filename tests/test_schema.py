@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctrlib.schema import (
     DenseField,
     Field,
     FieldLayout,
+    History,
     NumericEncoding,
     Schema,
     SequenceColumn,
@@ -292,3 +294,95 @@ def test_a_pair_is_crossed_once_and_its_vocabulary_not_shared() -> None:
         DataError, match=r"shares the vocabulary of 'user\*hour', which is not another sparse or sequence field"
     ):
         Schema(fields=(*schema.fields, SparseField(name="n", shares="user*hour")), labels=("y",))
+
+
+SEQUENCES = Schema(
+    fields=(
+        SparseField(name="item"),
+        SequenceField(name="bag"),
+        SequenceField(name="hist_item", ordered=True, shares="item"),
+        SequenceField(name="hist_tags", ordered=True, nested=True),
+        SequenceField(name="searched", ordered=True),
+    ),
+    labels=("y",),
+    time="now",
+    histories=(
+        History(fields=("hist_item", "hist_tags"), times="hist_time", gaps="hist_gap", max_length=9, on_leak="refuse"),
+        History(name="searches", fields=("searched",)),
+    ),
+)
+
+
+def test_histories(tmp_path: Path) -> None:
+    assert SEQUENCES.inputs == ("item", "bag", "hist_item", "hist_tags", "searched", "hist_time", "now")
+    assert SEQUENCES.columns == (*SEQUENCES.inputs, "y")
+    SEQUENCES.save(tmp_path / "schema.json")
+    assert Schema.load(tmp_path / "schema.json") == SEQUENCES
+    assert SEQUENCES.to_json()["histories"][1] == {"name": "searches", "fields": ["searched"]}
+    assert "histories" not in FULL.to_json()
+    without = replace(SEQUENCES, histories=SEQUENCES.histories[1:], fields=(*SEQUENCES.fields[:3], SEQUENCES.fields[4]))
+    assert without.inputs == ("item", "bag", "hist_item", "searched")
+
+
+def test_a_schema_with_some_fields_only() -> None:
+    kept = SEQUENCES.with_only(f for f in SEQUENCES.fields if f.name not in ("hist_tags", "searched", "bag"))
+    assert [f.name for f in kept.fields] == ["item", "hist_item"]
+    assert kept.histories == (replace(SEQUENCES.histories[0], fields=("hist_item",)),)
+    assert SEQUENCES.with_only(SEQUENCES.fields) == SEQUENCES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fields": ()}, r"history 'h': fields is \(\); expected the names of one or more"),
+        ({"fields": ("a", "a")}, r"history 'h': fields is \('a', 'a'\)"),
+        ({"fields": ("hist_item",), "on_leak": "ignore"}, "on_leak is 'ignore'; expected one of drop, refuse"),
+        ({"fields": ("hist_item",), "max_length": 0}, "max_length is 0; expected 1 or more, or null"),
+        ({"fields": ("hist_item",), "gaps": "g"}, "gaps needs the times of the behaviours"),
+        ({"fields": ("hist_itm",)}, "history 'h' has 'hist_itm', which is not a sequence .* did you mean 'hist_item'"),
+        ({"fields": ("item",)}, "history 'h' has 'item', which is not a sequence field with ordered"),
+        ({"fields": ("bag",)}, "history 'h' has 'bag', which is not a sequence field with ordered"),
+        ({"fields": ("short",)}, "field 'short' is in history 'h'; set max_length there"),
+        ({"fields": ("hist_item",), "times": "y"}, "times is 'y', a label or one of its fields"),
+        ({"fields": ("hist_item",), "times": "hist_item"}, "times is 'hist_item', a label or one of its fields"),
+        ({"fields": ("hist_item",), "times": "t", "gaps": "t"}, "gaps is 't', a column of the data"),
+        ({"fields": ("hist_item",), "times": "t", "gaps": "item"}, "gaps is 'item', a column of the data"),
+        ({"fields": ("hist_item",), "times": "t", "gaps": "now"}, "gaps is 'now', a column of the data"),
+    ],
+)
+def test_histories_that_contradict(options: dict[str, Any], message: str) -> None:
+    fields = (*SEQUENCES.fields[:3], SequenceField(name="short", ordered=True, max_length=3))
+    with pytest.raises(DataError, match=message):
+        Schema(fields=fields, labels=("y",), time="now", histories=(History(name="h", **options),))
+
+
+def test_histories_that_contradict_each_other_or_the_schema() -> None:
+    one = History(name="h", fields=("hist_item",))
+    fields = SEQUENCES.fields[:3]
+    for histories, message in (
+        ((one, one), "two histories named 'h'"),
+        ((one, replace(one, name="i")), "field 'hist_item' is in histories 'h' and 'i'"),
+        ((replace(one, times="t", gaps="g"),), "gaps needs the time of the row"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Schema(fields=fields, labels=("y",), histories=histories)
+    with pytest.raises(DataError, match="field 'hist_tags' is nested, but in no history"):
+        Schema(fields=SEQUENCES.fields[3:4], labels=("y",))
+    with pytest.raises(DataError, match="field 'x': nested needs a column of lists of lists"):
+        SequenceField(name="x", ordered=True, nested=True, separator="|")
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ({"name": "h"}, "history 'h' has no \"fields\""),
+        ({"name": "h", "fields": "item"}, "history 'h': fields is 'item'; expected list"),
+        ({"name": "h", "fields": [1]}, r"history 'h': fields is \(1,\); expected the names"),
+        ({"name": "h", "fields": ["a"], "time": "t"}, "history 'h' has no option 'time'; did you mean 'times'"),
+        ({"name": "h", "fields": ["a"], "max_length": "9"}, "history 'h': max_length is '9'; expected int or null"),
+        ("h", "histories is .*; expected a list of objects with name and fields"),
+    ],
+)
+def test_histories_edited_by_hand(history: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Schema.from_json({"labels": ["y"], "histories": [history]})

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from os import cpu_count
 from pathlib import Path
@@ -31,12 +32,15 @@ from ctrlib.data.source import BLOCK_ROWS, Source, open_source
 from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, begins_with, hash64, key_type
 from ctrlib.progress import Tracker, track
 from ctrlib.schema import (
+    FIRST_VALUE_ID,
     BatchLayout,
     CrossField,
     DataError,
     DenseColumn,
     DenseField,
     Field,
+    History,
+    HistoryColumn,
     Schema,
     SequenceColumn,
     SequenceField,
@@ -44,12 +48,14 @@ from ctrlib.schema import (
     SparseField,
 )
 
+_log = logging.getLogger("ctrlib")
 T = TypeVar("T")
 R = TypeVar("R")
 Ids = npt.NDArray[np.int32]
 Describe = Callable[[int], str]  # the place of a row, for errors
 _AHEAD = 2  # blocks that are encoded while the caller is at work on the one before
 _FEW_ROWS = 4096  # so few are not worth a thread
+_GAP_SIZE = FIRST_VALUE_ID + 64  # ids of time gaps: 64 powers of two hold the distance of any two 64-bit numbers
 _DTYPES = {"sparse": np.int32, "dense": np.float32, "labels": np.float32, "weight": np.float32, "group": np.int64}
 
 
@@ -63,11 +69,19 @@ class Encoded:
     labels: npt.NDArray[np.float32] | None = None
     weight: npt.NDArray[np.float32] | None = None
     group: npt.NDArray[np.int64] | None = None
+    inner: Mapping[str, Ids] = field(default_factory=dict)  # of nested sequences: values of each behaviour
+    leaks: Mapping[str, Ids] = field(default_factory=dict)  # by guarded history: behaviours of each row that were dropped
 
     def batch(self) -> Batch:
         """The block as a :class:`~ctrlib.batch.Batch`."""
+
+        def offsets(lengths: Ids) -> torch.Tensor:
+            return torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
+
         sequences = {
-            name: Ragged(torch.from_numpy(values), torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)))
+            name: Ragged(
+                torch.from_numpy(values), offsets(lengths), offsets(self.inner[name]) if name in self.inner else None
+            )
             for name, (values, lengths) in self.sequences.items()
         }
         return Batch(
@@ -78,6 +92,32 @@ class Encoded:
             weight=None if self.weight is None else torch.from_numpy(self.weight),
             group=None if self.group is None else torch.from_numpy(self.group),
         )
+
+
+class LeakCount:
+    """How many behaviours of how many rows the leak guards dropped, by history (``found``)."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, int]] = {}
+
+    def add(self, block: Encoded) -> None:
+        """Count those of a block."""
+        for name, dropped in block.leaks.items():
+            counts = self.found.setdefault(name, {"behaviours": 0, "rows": 0})
+            counts["behaviours"] += int(dropped.sum())
+            counts["rows"] += int(np.count_nonzero(dropped))
+
+    def log(self, where: str) -> None:
+        """Tell what was dropped, if anything was."""
+        for name, counts in self.found.items():
+            if counts["behaviours"]:
+                _log.warning(
+                    "%s: dropped %d behaviours of %d rows from history %r, since they are not before the row's time",
+                    where,
+                    counts["behaviours"],
+                    counts["rows"],
+                    name,
+                )
 
 
 @dataclass(frozen=True)
@@ -125,11 +165,11 @@ class Encoder:
                 sharing.setdefault(f.shares or f.name, []).append(f)
         for name, members in sharing.items():
             jobs.append(lambda bar, name=name, members=members: (name, _fit_vocabulary(schema, name, members, table, bar)))  # type: ignore[misc]
-        with track("fit encoder", len(schema.inputs) * table.num_rows, "cells") as bar:
+        with track("fit encoder", (len(schema.fields) - len(schema.crosses)) * table.num_rows, "cells") as bar:
             learned = dict(parallel(lambda job: job(bar), jobs))
         crosses = schema.crosses
         plain = cls(
-            replace(schema, fields=tuple(f for f in schema.fields if not isinstance(f, CrossField))),
+            schema.with_only(f for f in schema.fields if not isinstance(f, CrossField)),
             {n: v for n, v in learned.items() if isinstance(v, Vocabulary | HashBuckets)},
             {n: v for n, v in learned.items() if isinstance(v, Numeric)},
         )
@@ -144,7 +184,7 @@ class Encoder:
         """An encoder of these fields of categories only, each with a vocabulary of its own."""
         fields = [f for f in self.schema.fields if f.name in names]
         return Encoder(
-            replace(self.schema, fields=tuple(replace(f, shares=None) if isinstance(f, SparseField) else f for f in fields)),
+            self.schema.with_only(replace(f, shares=None) if isinstance(f, SparseField) else f for f in fields),
             {f.name: v for f in fields if (v := self.vocabularies.get(vocabulary_name(f))) is not None},
             self.numeric,
         )
@@ -163,11 +203,25 @@ class Encoder:
                 dense.append(DenseColumn(f.name, learned.num_bins if f.encoding == "piecewise" else 0, learned.missing))
             elif isinstance(f, SequenceField):
                 size = self.vocabularies[vocabulary_name(f)].size
-                sequences.append(SequenceColumn(f.name, size, vocabulary_name(f), f.pooling, f.ordered))
+                sequences.append(SequenceColumn(f.name, size, vocabulary_name(f), f.pooling, f.ordered, f.nested))
             else:
                 of = f.of if isinstance(f, CrossField) else None
                 sparse.append(SparseColumn(f.name, self.vocabularies[vocabulary_name(f)].size, vocabulary_name(f), of))
-        return BatchLayout(tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels)
+        histories: list[HistoryColumn] = []
+        for h in self.schema.histories:
+            targets = [self._target(name) for name in h.fields]
+            gaps = () if h.gaps is None else (h.gaps,)
+            sequences += [SequenceColumn(name, _GAP_SIZE, name, "mean", True) for name in gaps]
+            histories.append(HistoryColumn(h.name, (*h.fields, *gaps), (*targets, *(None for _ in gaps))))
+        return BatchLayout(tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels, tuple(histories))
+
+    def _target(self, name: str) -> str | None:
+        """The field of the candidate that has the vocabulary of this attribute of a history: a sparse one, else a bag."""
+        table = vocabulary_name(self.schema[name])
+        same = [f for f in self.schema.fields if f.side == "candidate" and vocabulary_name(f) == table]
+        sparse = [f.name for f in same if isinstance(f, SparseField)]
+        bags = [f.name for f in same if isinstance(f, SequenceField) and not f.ordered]
+        return next(iter(sparse + bags), None)
 
     @cached_property
     def hash(self) -> str:
@@ -195,12 +249,12 @@ class Encoder:
         if table.num_rows == 0:
             return
         own = self._columns(table, special)
-        columns: list[_Column | _Cross] = [*own, *self._crosses()]
-        sizes = (min(block_rows, table.num_rows - start) for start in range(0, table.num_rows, block_rows))
+        columns: list[_Column | _Behaviours | _Cross] = [*own, *self._histories(table), *self._crosses()]
+        starts = range(0, table.num_rows, block_rows)
+        blocks = (_Block(columns, start, min(block_rows, table.num_rows - start)) for start in starts)
         threads = min(cpu_count() or 1, len(columns)) if table.num_rows > _FEW_ROWS else 1
         if threads == 1:
-            for rows in sizes:
-                block = _Block(columns, rows)
+            for block in blocks:
                 for column in columns:
                     column.fill(block)
                 yield block.encoded(self.layout)
@@ -208,13 +262,12 @@ class Encoder:
         pool = ThreadPoolExecutor(threads)
         ahead: deque[tuple[_Block, list[Future[None]]]] = deque()
         try:
-            for rows in sizes:
-                block = _Block(columns, rows)
+            for block in blocks:
                 before = ahead[-1][1] if ahead else [None] * len(columns)
                 jobs: list[Future[None]] = []
                 for column, last in zip(columns, before, strict=True):
-                    # a column goes on where it stopped; a cross reads what the columns write
-                    after = jobs[: len(own)] if isinstance(column, _Cross) else [last]
+                    # a column goes on where it stopped; histories and crosses read what the columns write
+                    after = [last] if isinstance(column, _Column) else jobs[: len(own)]
                     jobs.append(pool.submit(_fill, column, after, block))
                 ahead.append((block, jobs))
                 if len(ahead) > _AHEAD:
@@ -246,10 +299,15 @@ class Encoder:
             add("sparse", at, name, _Remembered(partial(self._ids, f)), text)
         for at, name in enumerate(c.name for c in self.layout.dense):
             add("dense", at, name, _Remembered(partial(_scaled, self.numeric[name])))
-        for at, name in enumerate(c.name for c in self.layout.sequences):
+        gaps = {h.gaps for h in self.schema.histories}
+        for at, name in enumerate(c.name for c in self.layout.sequences if c.name not in gaps):
             f = self.schema[name]
             assert isinstance(f, SequenceField)
             add("sequences", at, name, partial(self._sequence, f), _as_text(f, self._keys(f)))
+        for name in dict.fromkeys(h.times for h in self.schema.histories if h.times is not None):
+            add("times", 0, name, partial(_time_lists, name))
+            if self.schema.time is not None and not any(column.part == "time" for column in columns):
+                add("time", 0, self.schema.time, _row_times)
         for part, names, encode in (
             ("labels", self.schema.labels, _labels),
             ("weight", (self.schema.weight,), _weights),
@@ -269,6 +327,19 @@ class Encoder:
             crosses.append(_Cross(at[f.name], (first, second), size, self.vocabularies[f.name]))
         return crosses
 
+    def _histories(self, table: Source) -> list[_Behaviours]:
+        histories = []
+        for h in self.schema.histories:
+            if h.times is not None and self.schema.time is not None:
+                clocks = [_is_clock(table.types[name]) for name in (h.times, self.schema.time)]
+                if set(clocks) == {False, True}:
+                    raise DataError(
+                        f"{table.name}: column {h.times!r} of history {h.name!r} holds {table.types[h.times]}, and the row's time "
+                        f"{self.schema.time!r} {table.types[self.schema.time]}; expected numbers in both, or timestamps in both"
+                    )
+            histories.append(_Behaviours(h, self.schema.time, table))
+        return histories
+
     def _ids(self, f: Field, array: Any, describe: Describe) -> Ids:
         assert isinstance(f, SparseField | DenseField)
         if isinstance(f, DenseField) and f.encoding == "bucket":
@@ -279,13 +350,15 @@ class Encoder:
             keys = as_keys(array, self._keys(f), describe)
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
-    def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, Ids]:
-        values, lengths, describe = _flat(f, array, describe)
+    def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, ...]:
+        """Ids of all values, the length of every list, and if nested, how many values every behaviour has."""
+        values, lengths, inner, describe = _flat(f, array, describe)
         keys = as_keys(values, self._keys(f), describe)
         ids = self.vocabularies[vocabulary_name(f)].ids(keys)
-        if f.max_length is not None:  # keep the last ones
-            ends = np.repeat(np.cumsum(lengths), lengths)
-            ids = ids[ends - np.arange(len(ids)) <= f.max_length]
+        if inner is not None:
+            return ids, lengths, inner
+        if f.max_length is not None:
+            ids = ids[_most_recent(lengths, f.max_length)]
             lengths = np.minimum(lengths, f.max_length).astype(np.int32)
         return ids, lengths
 
@@ -434,27 +507,112 @@ class _Column:
     name: str
     table: Source
     arrays: Iterator[Any]
-    encode: Callable[..., Any]  # a sequence: gives values and lengths; any other: writes to the array that it is given
+    encode: Callable[..., Any]  # lists, and times: gives arrays; any other: writes to the array that it is given
     row: int = 0  # the next
     rest: Any = None  # of the last array
 
     def fill(self, block: _Block) -> None:
         """Encode the next rows into a block."""
-        done, sequences = 0, []
+        done, lists = 0, []
         while done < block.rows:
             array = self.rest if self.rest is not None else next(self.arrays)
             piece = array.slice(0, block.rows - done)
             self.rest = array.slice(len(piece)) if len(piece) < len(array) else None
             describe = _describe(self.name, self.table, self.row)
-            if self.part == "sequences":
-                sequences.append(self.encode(piece, describe))
-            else:
+            if self.part in _DTYPES:
                 self.encode(piece, describe, block.parts[self.part][self.at, done : done + len(piece)])
+            else:
+                lists.append(self.encode(piece, describe))
             done += len(piece)
             self.row += len(piece)
-        if sequences:
-            values, lengths = (np.concatenate(arrays) for arrays in zip(*sequences, strict=True))
-            block.sequences[self.name] = values, lengths
+        if lists:
+            block.lists[self.part, self.name] = tuple(np.concatenate(arrays) for arrays in zip(*lists, strict=True))
+
+
+@dataclass(frozen=True)
+class _Behaviours:
+    """A history on its way into blocks, after its columns: checked, guarded, cut to the most recent behaviours."""
+
+    history: History
+    time: str | None  # column of the row's time
+    table: Source
+
+    part: ClassVar[str] = "history"
+
+    def fill(self, block: _Block) -> None:
+        h = self.history
+        lengths = block.lists["sequences", h.fields[0]][1]
+        for part, name in [*(("sequences", name) for name in h.fields[1:]), *([("times", h.times)] if h.times else [])]:
+            wrong = block.lists[part, name][1] != lengths
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise DataError(
+                    f"{self._place(name, block, row)}: {block.lists[part, name][1][row]} values, but {lengths[row]} in column "
+                    f"{h.fields[0]!r}; history {h.name!r} needs one for every behaviour in each of its columns"
+                )
+        rows_N = np.repeat(np.arange(block.rows), lengths)
+        kept_N = np.ones(len(rows_N), bool)
+        if h.times is not None:
+            kept_N = self._guarded(h.times, block, rows_N)
+        if h.max_length is not None:
+            known = np.bincount(rows_N[kept_N], minlength=block.rows)
+            kept_N[kept_N] = _most_recent(known, h.max_length)
+        left = np.bincount(rows_N[kept_N], minlength=block.rows).astype(np.int32)
+        for name in h.fields:
+            values, _, *inner = block.lists["sequences", name]
+            values, *inner = keep_behaviours(kept_N, values, *inner)
+            block.lists["sequences", name] = values, left, *inner
+        if h.gaps is not None and h.times is not None and self.time is not None:
+            gap_N = block.lists["time", self.time][0][rows_N[kept_N]] - block.lists["times", h.times][0][kept_N]
+            units = 1e6 if _is_clock(self.table.types[self.time]) else 1
+            exponent_N = np.frexp(1 + gap_N / units)[1] - 1  # ⌊log₂⌋ without rounding
+            ids = FIRST_VALUE_ID + np.minimum(exponent_N, _GAP_SIZE - FIRST_VALUE_ID - 1)
+            block.lists["sequences", h.gaps] = ids.astype(np.int32), left
+
+    def _guarded(self, column: str, block: _Block, rows_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which behaviours were before the time of their row; an error where they are out of order, or refused."""
+        times_N, _ = block.lists["times", column]
+        back = (times_N[1:] < times_N[:-1]) & (rows_N[1:] == rows_N[:-1])
+        if back.any():
+            at = int(np.argmax(back)) + 1
+            raise DataError(
+                f"{self._place(column, block, rows_N[at])}: the times of history {self.history.name!r} fall (behaviour "
+                f"{self._number(at, rows_N)}); sort the behaviours of every row, oldest first"
+            )
+        if self.time is None:
+            return np.ones(len(times_N), bool)
+        kept_N: npt.NDArray[np.bool_] = times_N < block.lists["time", self.time][0][rows_N]
+        if self.history.on_leak == "refuse" and not kept_N.all():
+            at = int(np.argmin(kept_N))
+            raise DataError(
+                f"{self._place(column, block, rows_N[at])}: behaviour {self._number(at, rows_N)} of history {self.history.name!r} "
+                f"is not before the row's time (column {self.time!r}), so it could not be known then; remove it, or set on_leak "
+                "to 'drop'"
+            )
+        block.leaks[self.history.name] = np.bincount(rows_N[~kept_N], minlength=block.rows).astype(np.int32)
+        return kept_N
+
+    def _place(self, column: str, block: _Block, row: int) -> str:
+        return f"column {column!r}, {self.table.locate(block.start + int(row))}"
+
+    @staticmethod
+    def _number(at: int, rows_N: npt.NDArray[np.int64]) -> str:
+        first, end = np.searchsorted(rows_N, [rows_N[at], rows_N[at] + 1])
+        return f"{at - first + 1} of {end - first}"
+
+
+def keep_behaviours(kept_N: npt.NDArray[np.bool_], values: Ids, inner: Ids | None = None) -> tuple[Ids, ...]:
+    """The values of the behaviours that are kept, and if every behaviour has ``inner`` of them, also how many each has."""
+    if inner is None:
+        return (values[kept_N],)
+    return values[np.repeat(kept_N, inner)], inner[kept_N]
+
+
+def _most_recent(lengths: Ids | npt.NDArray[np.int64], count: int) -> npt.NDArray[np.bool_]:
+    """Of the values of lists of these lengths, which are among the last ``count`` of theirs."""
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    recent: npt.NDArray[np.bool_] = ends - np.arange(len(ends)) <= count
+    return recent
 
 
 @dataclass(frozen=True)
@@ -473,7 +631,7 @@ class _Cross:
         ids[self.at] = self.vocabulary.key_ids(cross_keys(ids[self.of[0]], ids[self.of[1]], self.second_size))
 
 
-def _fill(column: _Column | _Cross, after: Sequence[Future[None] | None], block: _Block) -> None:
+def _fill(column: _Column | _Behaviours | _Cross, after: Sequence[Future[None] | None], block: _Block) -> None:
     for job in after:  # all of them submitted before this one, so never behind it in the queue
         if job is not None:
             job.result()
@@ -481,11 +639,16 @@ def _fill(column: _Column | _Cross, after: Sequence[Future[None] | None], block:
 
 
 class _Block:
-    """Rows on their way to an :class:`Encoded`: column by column, since every column is encoded by itself."""
+    """Rows on their way to an :class:`Encoded`: column by column, since every column is encoded by itself.
 
-    def __init__(self, columns: Sequence[_Column | _Cross], rows: int) -> None:
-        self.rows = rows
-        self.sequences: dict[str, tuple[Ids, Ids]] = {}
+    ``lists`` has the values of lists, how many every row has, and of nested lists, how many every behaviour has; and the times
+    of rows.
+    """
+
+    def __init__(self, columns: Sequence[_Column | _Behaviours | _Cross], start: int, rows: int) -> None:
+        self.start, self.rows = start, rows
+        self.lists: dict[tuple[str, str], tuple[npt.NDArray[Any], ...]] = {}
+        self.leaks: dict[str, Ids] = {}
         self.parts: dict[str, npt.NDArray[Any]] = {}
         for part, dtype in _DTYPES.items():
             count = sum(column.part == part for column in columns)
@@ -495,15 +658,17 @@ class _Block:
     def encoded(self, layout: BatchLayout) -> Encoded:
         """The rows, once every column has filled its part."""
         parts = {part: np.ascontiguousarray(columns.T) for part, columns in self.parts.items()}
-        sequences = {c.name: self.sequences[c.name] for c in layout.sequences}
+        lists = {c.name: self.lists["sequences", c.name] for c in layout.sequences}
         labels, weight, group = (parts[name] if parts[name].shape[1] else None for name in ("labels", "weight", "group"))
         return Encoded(
             parts["sparse"],
             parts["dense"],
-            sequences,
+            {name: (values, lengths) for name, (values, lengths, *_) in lists.items()},
             labels=labels,
             weight=None if weight is None else weight[:, 0],
             group=None if group is None else group[:, 0],
+            inner={name: found[2] for name, found in lists.items() if len(found) > 2},
+            leaks=self.leaks,
         )
 
 
@@ -548,7 +713,7 @@ def _fit_vocabulary(
     for f in members:
         for array, describe in _blocks(f.name, table, bar, _as_text(f, kind)):
             if isinstance(f, SequenceField):
-                array, _, describe = _flat(f, array, describe)
+                array, _, _, describe = _flat(f, array, describe)
             counter.update(as_keys(array, kind, describe))
     if not len(counter.result()[0]):
         raise _all_missing(name, table)
@@ -591,12 +756,71 @@ def _category_keys(x: Floats, describe: Describe) -> Any:
     return as_keys(pa.array(criteo_log(np.where(missing, 0, x)), mask=missing), pa.int64(), describe)
 
 
-def _flat(f: SequenceField, array: Any, describe: Describe) -> tuple[Any, npt.NDArray[np.int32], Describe]:
-    """The values of all lists one after another, the length of each list (0: missing), and the place of a value."""
-    lists = _lists(f, array, describe)
+def _flat(
+    f: SequenceField, array: Any, describe: Describe, hint: str | None = None
+) -> tuple[Any, Ids, Ids | None, Describe]:
+    """The values of all lists one after another, the length of each list (0: missing), and the place of a value.
+
+    Of a nested field, the lists inside the lists are behaviours: between the two last comes how many values each of them has.
+    """
+    lists = _lists(f, array, describe, hint)
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
     ends = np.cumsum(lengths)
-    return lists.flatten(), lengths, lambda at: describe(int(np.searchsorted(ends, at, side="right")))
+
+    def place(at: int) -> str:
+        return describe(int(np.searchsorted(ends, at, side="right")))
+
+    if not f.nested:
+        return lists.flatten(), lengths, None, place
+    values, inner, _, place = _flat(replace(f, nested=False), lists.flatten(), place, "declare the field without nested")
+    return values, lengths, inner, place
+
+
+def _time_lists(column: str, array: Any, describe: Describe) -> tuple[npt.NDArray[Any], Ids]:
+    """The times of behaviours as :func:`_times` gives them, and how many every row has."""
+    values, lengths, _, place = _flat(SequenceField(name=column), array, describe, "expected a list of times in every row")
+    return _times(values, place), lengths
+
+
+def _row_times(array: Any, describe: Describe) -> tuple[npt.NDArray[Any]]:
+    return (_times(array, describe),)
+
+
+def _times(array: Any, describe: Describe) -> npt.NDArray[Any]:
+    """Numbers as they are, as int64 or float64; timestamps and dates in microseconds, as int64."""
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_floating(kind):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, kind), array)
+    if array.null_count:
+        row = int(np.argmax(pc.is_null(array).to_numpy(zero_copy_only=False)))
+        raise DataError(f"{describe(row)}: the time is missing; expected one in every row, since the schema has a history")
+    if not len(array):
+        return np.zeros(0, np.int64)
+    if pa.types.is_timestamp(kind):
+        array = array.view(pa.timestamp(kind.unit))  # the instant, whatever the time zone
+    times: npt.NDArray[Any]
+    if _is_clock(kind):
+        times = pc.cast(pc.cast(array, pa.timestamp("us"), safe=False), pa.int64()).to_numpy(zero_copy_only=False)
+    elif pa.types.is_integer(kind) and kind != pa.uint64():
+        times = pc.cast(array, pa.int64()).to_numpy(zero_copy_only=False)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        times = as_floats(array, describe)
+    else:
+        raise DataError(f"{describe(0)}: the column holds {kind}; expected times as numbers, timestamps or dates")
+    return times
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_clock(kind: Any) -> bool | None:
+    """Whether a column of this type, or its lists, hold timestamps or dates; ``None`` if they hold nothing."""
+    while _is_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return None if pa.types.is_null(kind) else pa.types.is_timestamp(kind) or pa.types.is_date(kind)
 
 
 def _scaled(numeric: Numeric, array: Any, describe: Describe) -> npt.NDArray[np.float32]:
@@ -609,20 +833,23 @@ def _scaled(numeric: Numeric, array: Any, describe: Describe) -> npt.NDArray[np.
     return scaled
 
 
-def _lists(f: SequenceField, array: Any, describe: Describe) -> Any:
+def _lists(f: SequenceField, array: Any, describe: Describe, hint: str | None) -> Any:
     """The column as a list array without nulls inside lists."""
     if isinstance(array, pa.DictionaryArray):
         array = array.dictionary_decode()
     if pa.types.is_null(array.type):
-        return pa.array([[]] * len(array), pa.large_list(pa.large_string()))
+        kind = pa.large_list(pa.large_string())
+        return pa.array([[]] * len(array), pa.large_list(kind) if f.nested else kind)
     is_text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
     if is_text and f.separator is not None:
         # "" is an empty list, not a list of one empty value
         filled = pc.if_else(pc.equal(array, ""), pa.scalar(None, array.type), array)
         array = pc.split_pattern(filled, f.separator)
-    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
-        hint = "set the field's separator" if is_text else "declare the field sparse or dense"
+    if not _is_list(array.type):
+        hint = hint or ("set the field's separator" if is_text else "declare the field sparse or dense")
         raise DataError(f"{describe(0)}: the column holds {array.type}, not lists; {hint}")
+    if _is_list(array.type.value_type) and not f.nested:
+        raise DataError(f"{describe(0)}: the column holds lists of lists; declare the field nested, in a history")
     if array.flatten().null_count:
         row = int(
             np.repeat(np.arange(len(array)), pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))[

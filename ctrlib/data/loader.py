@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ctrlib.batch import Batch, Ragged
-from ctrlib.data.encoder import Encoder
+from ctrlib.data.encoder import Encoded, Encoder, LeakCount
 from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import BLOCK_ROWS, open_source
 from ctrlib.data.store import Split
@@ -260,6 +260,7 @@ class StreamLoader(_Epochs):
             pin_memory=pin_memory,
         )
         self._kept: Split | None = None
+        self._leaks, self._counted = LeakCount(), 0  # of so many rows of the first epoch
 
     @property
     def num_windows(self) -> int:
@@ -267,6 +268,8 @@ class StreamLoader(_Epochs):
         return len(self._groups(self._window_rows)) if self._shuffle and not self._fits else 1
 
     def _windows(self, order: Tensor | None, stop: Event, resources: ExitStack) -> Reads:
+        if self._counted < self._rows:  # also after an epoch that was broken off
+            self._leaks, self._counted = LeakCount(), 0
         if order is None:
             block_rows = max(BLOCK_ROWS // self._batch_size, 1) * self._batch_size
             blocks = resources.enter_context(closing(self._encoded(block_rows)))
@@ -285,9 +288,10 @@ class StreamLoader(_Epochs):
 
     def _pass(self, order: Tensor, bounds: Bounds, stop: Event) -> _Window:
         rows, places = _ascending(order, bounds)
-        return _Window(_join(self._selected(rows.numpy()), len(rows), stop), places, _from_zero(bounds))
+        pieces = self._batches_of(self._selected(rows.numpy()))
+        return _Window(_join(pieces, len(rows), stop), places, _from_zero(bounds))
 
-    def _selected(self, rows: npt.NDArray[Any]) -> Pieces:
+    def _selected(self, rows: npt.NDArray[Any]) -> Generator[Encoded, None, None]:
         """Encode the rows of the source with these numbers."""
         wanted = np.zeros(self._source.num_rows, bool)
         wanted[rows] = True
@@ -298,24 +302,36 @@ class StreamLoader(_Epochs):
             mask[chosen] = wanted
         # few rows of many come in small blocks: every array that waits for its block to fill holds a dictionary
         block_rows = max(BLOCK_ROWS * len(rows) // len(mask), _SMALLEST_BLOCK)
-        return (block.batch() for block in self._encoder.encode(self._source.select(mask), block_rows=block_rows))
+        return self._encoder.encode(self._source.select(mask), block_rows=block_rows)
 
     def _encoded(self, block_rows: int) -> Pieces:
-        return (block.batch() for block in self._encoder.encode(self._source, block_rows=block_rows))
+        return self._batches_of(self._encoder.encode(self._source, block_rows=block_rows))
+
+    def _batches_of(self, blocks: Generator[Encoded, None, None]) -> Pieces:
+        """The blocks as batches; once all rows were encoded, what leak guards dropped is told."""
+        with closing(blocks):
+            for block in blocks:
+                if self._counted < self._rows:
+                    self._leaks.add(block)
+                    self._counted += len(block.sparse)
+                    if self._counted >= self._rows:
+                        self._leaks.log(self._source.name)
+                yield block.batch()
 
     def _encoded_row_bytes(self) -> float:
         if not self._encoder.layout.sequences:
-            with closing(self._encoded(1)) as blocks:
-                return _row_bytes(_join((block for block in [next(blocks)]), 1, Event()))
+            with closing(self._encoder.encode(self._source, block_rows=1)) as blocks:
+                return _row_bytes(_join((block.batch() for block in [next(blocks)]), 1, Event()))
         # rows near each other may have sequences of like length, so look at some from everywhere
         rows = np.arange(0, self._source.num_rows, max(self._source.num_rows // _SAMPLE_ROWS, 1))
-        return _row_bytes(_join(self._selected(rows), len(rows), Event()))
+        return _row_bytes(_join((block.batch() for block in self._selected(rows)), len(rows), Event()))
 
 
 def _row_bytes(rows: Split) -> float:
-    """Memory of a row in a window: its columns, twice the values of sequences (they are joined), its places."""
+    """Memory of a row in a window: its columns, twice what has no fixed size (pieces of sequences are joined), its places."""
     columns = [rows.sparse, rows.dense, rows.labels, rows.weight, rows.group]
     columns += [tensor for values, offsets in rows.sequences.values() for tensor in (values, values, offsets)]
+    columns += [cuts for cuts in rows.inner.values() for _ in range(2)]
     return sum(c.numel() * c.element_size() for c in columns if c is not None) / rows.num_rows + 16
 
 
@@ -378,7 +394,10 @@ def _join(pieces: Pieces, num_rows: int, stop: Event) -> Split:
         CancelledError: ``stop`` was set; nobody waits for the result.
     """
     columns: dict[str, Tensor] = {}
-    sequences: dict[str, tuple[list[Tensor], Tensor]] = {}
+    values: dict[str, list[Tensor]] = {}
+    offsets: dict[str, Tensor] = {}
+    inner: dict[str, list[Tensor]] = {}
+    ends: dict[str, int] = {}  # of inner offsets
     at = 0
     with closing(pieces):
         for piece in pieces:
@@ -392,18 +411,23 @@ def _join(pieces: Pieces, num_rows: int, stop: Event) -> Split:
                         columns[name] = column.new_empty((num_rows, *column.shape[1:]))
                     columns[name][at:end] = column
             for name, ragged in piece.sequences.items():
-                values, offsets = sequences.setdefault(name, ([], torch.zeros(num_rows + 1, dtype=torch.int64)))
-                values.append(ragged.values)
-                offsets[at + 1 : end + 1] = ragged.offsets[1:] + offsets[at]
+                values.setdefault(name, []).append(ragged.values)
+                bounds = offsets.setdefault(name, torch.zeros(num_rows + 1, dtype=torch.int64))
+                bounds[at + 1 : end + 1] = ragged.offsets[1:].long() + bounds[at]
+                if ragged.inner is not None:
+                    cuts, before = inner.setdefault(name, [torch.zeros(1, dtype=torch.int64)]), ends.get(name, 0)
+                    cuts.append(ragged.inner[1:].long() + before)
+                    ends[name] = before + len(ragged.values)
             at = end
     return Split(
         num_rows=num_rows,
         sparse=columns["sparse"],
         dense=columns["dense"],
-        sequences={name: (torch.cat(values), offsets) for name, (values, offsets) in sequences.items()},
+        sequences={name: (torch.cat(found), offsets[name]) for name, found in values.items()},
         labels=columns["labels"],
         weight=columns.get("weight"),
         group=columns.get("group"),
+        inner={name: torch.cat(cuts) for name, cuts in inner.items()},
     )
 
 
@@ -414,30 +438,50 @@ def _take(rows: Split, order: Tensor | None, start: int, stop: int) -> Batch:
     def take(column: Tensor) -> Tensor:
         return column[start:stop].clone() if at is None else torch.index_select(column, 0, at)
 
+    sequences: dict[str, Ragged] = {}
+    for name, (values, offsets) in rows.sequences.items():
+        inner = rows.inner.get(name)
+        sequences[name] = (
+            _slice_ragged(values, offsets, inner, start, stop) if at is None else _take_ragged(values, offsets, inner, at)
+        )
     return Batch(
         sparse=take(rows.sparse),
         dense=take(rows.dense),
-        sequences={
-            name: _slice_ragged(values, offsets, start, stop) if at is None else _take_ragged(values, offsets, at)
-            for name, (values, offsets) in rows.sequences.items()
-        },
+        sequences=sequences,
         labels=take(rows.labels),
         weight=None if rows.weight is None else take(rows.weight),
         group=None if rows.group is None else take(rows.group),
     )
 
 
-def _slice_ragged(values: Tensor, offsets: Tensor, start: int, stop: int) -> Ragged:
+def _slice_ragged(values: Tensor, offsets: Tensor, inner: Tensor | None, start: int, stop: int) -> Ragged:
+    bounds, cuts = _bounds(offsets, start, stop), None
     first, last = int(offsets[start]), int(offsets[stop])
-    return Ragged(values[first:last].clone(), (offsets[start : stop + 1] - first).to(torch.int32))
+    if inner is not None:
+        cuts = _bounds(inner, first, last)
+        first, last = int(inner[first]), int(inner[last])
+    return Ragged(values[first:last].clone(), bounds, cuts)
 
 
-def _take_ragged(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
+def _bounds(offsets: Tensor, start: int, stop: int) -> Tensor:
+    return (offsets[start : stop + 1] - offsets[start]).to(torch.int32)
+
+
+def _take_ragged(values: Tensor, offsets: Tensor, inner: Tensor | None, rows: Tensor) -> Ragged:
+    at, bounds = _positions(offsets, rows)
+    cuts = None
+    if inner is not None:
+        at, cuts = _positions(inner, at)
+    return Ragged(torch.index_select(values, 0, at), bounds, cuts)
+
+
+def _positions(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the file the values of these rows are, one row after the other, and by which offsets the rows cut them."""
     starts = torch.index_select(offsets, 0, rows)
     lengths = torch.index_select(offsets[1:], 0, rows) - starts
-    ends = torch.cumsum(lengths, 0)
-    count = int(ends[-1])
+    bounds = torch.cat([lengths.new_zeros(1), torch.cumsum(lengths, 0)])
+    count = int(bounds[-1])
     # position of every value in the file: its row's start there, minus its row's start here, plus its place here
-    at = torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=count)
+    at = torch.repeat_interleave(starts - bounds[:-1], lengths, output_size=count)
     at += torch.arange(count)
-    return Ragged(torch.index_select(values, 0, at), torch.cat([ends.new_zeros(1), ends]).to(torch.int32))
+    return at, bounds.to(torch.int32)

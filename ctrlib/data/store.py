@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ctrlib.data.encoder import Encoded, Encoder
+from ctrlib.data.encoder import Encoded, Encoder, LeakCount, keep_behaviours
 from ctrlib.data.source import BLOCK_ROWS, Source
 from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.progress import track
-from ctrlib.schema import DataError, DenseColumn, Schema, SparseColumn
+from ctrlib.schema import BatchLayout, DataError, DenseColumn, Schema, SparseColumn
 
 _FORMAT = 1
 
@@ -31,7 +31,8 @@ _FORMAT = 1
 class Split:
     """The encoded rows of one split, as tensors mapped from files. Shapes as in :class:`~ctrlib.batch.Batch`.
 
-    ``sequences`` maps a field to its values [N] and offsets [rows + 1] (int64).
+    ``sequences`` maps a field to its values [N] and offsets [rows + 1] (int64); of a nested one, ``inner`` has the offsets [M + 1]
+    (int64) by which its M behaviours cut the values.
     """
 
     num_rows: int
@@ -41,6 +42,7 @@ class Split:
     labels: Tensor
     weight: Tensor | None
     group: Tensor | None
+    inner: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class _Writer:
@@ -71,6 +73,7 @@ class Store:
         path: its folder.
         encoder: what encoded it.
         rows: rows by split name.
+        leaks: by split name and history, how many ``behaviours`` of how many ``rows`` the leak guard dropped.
     """
 
     def __init__(self, path: Path, encoder: Encoder, manifest: Mapping[str, Any]) -> None:
@@ -78,6 +81,7 @@ class Store:
         self.encoder = encoder
         self._manifest = manifest
         self.rows: Mapping[str, int] = {name: split["rows"] for name, split in manifest["splits"].items()}
+        self.leaks: Mapping[str, Mapping[str, Any]] = {n: split.get("leaks", {}) for n, split in manifest["splits"].items()}
 
     @staticmethod
     def is_store(path: str | Path) -> bool:
@@ -121,7 +125,7 @@ class Store:
             for name, rows in self.rows.items():
                 split = self.split(name)
                 with (
-                    closing(_SplitWriter(part / name, [c.name for c in layout.sequences])) as writer,
+                    closing(_SplitWriter(part / name, layout)) as writer,
                     track(f"derive {name}", rows) as bar,
                 ):
                     for start in range(0, rows, BLOCK_ROWS):
@@ -210,6 +214,11 @@ class Store:
             labels=mapped("labels.bin"),
             weight=mapped("weight.bin") if "weight.bin" in files else None,
             group=mapped("group.bin") if "group.bin" in files else None,
+            inner={
+                column.name: mapped(f"inner-{i}.bin")
+                for i, column in enumerate(self.encoder.layout.sequences)
+                if column.nested
+            },
         )
 
 
@@ -224,10 +233,15 @@ def _encoded(split: Split, start: int, stop: int, sparse: list[int], dense: list
     def taken(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor[start:stop].numpy()
 
-    sequences = {}
+    sequences, inner = {}, {}
     for name, (values, offsets) in split.sequences.items():
         bounds = offsets[start : stop + 1].numpy()
-        sequences[name] = values[bounds[0] : bounds[-1]].numpy(), np.diff(bounds).astype(np.int32)
+        first, last = bounds[0], bounds[-1]
+        if name in split.inner:
+            cuts = split.inner[name][first : last + 1].numpy()
+            inner[name] = np.diff(cuts).astype(np.int32)
+            first, last = cuts[0], cuts[-1]
+        sequences[name] = values[first:last].numpy(), np.diff(bounds).astype(np.int32)
     return Encoded(
         taken(split.sparse)[:, sparse],
         taken(split.dense)[:, dense],
@@ -235,6 +249,7 @@ def _encoded(split: Split, start: int, stop: int, sparse: list[int], dense: list
         labels=taken(split.labels),
         weight=taken(split.weight),
         group=taken(split.group),
+        inner=inner,
     )
 
 
@@ -249,13 +264,16 @@ def _by_table(sources: Mapping[str, Source]) -> list[dict[str, Source]]:
 class _SplitWriter:
     """Appends encoded rows to the files of one split."""
 
-    def __init__(self, folder: Path, sequences: Sequence[str]) -> None:
+    def __init__(self, folder: Path, layout: BatchLayout) -> None:
         folder.mkdir()
         self._folder = folder
-        self._sequences = dict.fromkeys(sequences, 0)  # values so far
+        self._sequences = [column.name for column in layout.sequences]
+        self._ends: dict[str, int] = {}  # of the offsets in a file
         self._files: dict[str, _Writer] = {}
-        for i in range(len(sequences)):
-            self._append(f"offsets-{i}.bin", np.zeros(1, np.int64))
+        self.leaks = LeakCount()
+        for i, column in enumerate(layout.sequences):
+            for name in (f"offsets-{i}.bin", *([f"inner-{i}.bin"] if column.nested else [])):
+                self._append(name, np.zeros(1, np.int64))
 
     def append(self, block: Encoded) -> None:
         self._append("sparse.bin", block.sparse)
@@ -263,11 +281,19 @@ class _SplitWriter:
         self._append("labels.bin", block.labels)
         self._append("weight.bin", block.weight)
         self._append("group.bin", block.group)
-        for i, (name, end) in enumerate(self._sequences.items()):
+        for i, name in enumerate(self._sequences):
             values, lengths = block.sequences[name]
             self._append(f"values-{i}.bin", values)
-            self._append(f"offsets-{i}.bin", end + np.cumsum(lengths, dtype=np.int64))
-            self._sequences[name] = end + len(values)
+            self._append_offsets(f"offsets-{i}.bin", lengths)
+            if name in block.inner:
+                self._append_offsets(f"inner-{i}.bin", block.inner[name])
+        self.leaks.add(block)
+
+    def _append_offsets(self, file: str, lengths: npt.NDArray[np.int32]) -> None:
+        ends = self._ends.get(file, 0) + np.cumsum(lengths, dtype=np.int64)
+        self._append(file, ends)
+        if len(ends):
+            self._ends[file] = int(ends[-1])
 
     def _append(self, file: str, array: npt.NDArray[Any] | None) -> None:
         if array is not None:
@@ -290,9 +316,8 @@ def _write_splits(folder: Path, encoder: Encoder, sources: Mapping[str, Source])
             raise DataError(f"{source.name}: no rows for the split {name!r}; expected at least one")
     first = next(iter(sources.values()))
     together = first.joined(sources.values()) if len(sources) > 1 else first
-    sequences = [column.name for column in encoder.layout.sequences]
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(closing(_SplitWriter(folder / name, sequences))) for name in sources}
+        writers = {name: stack.enter_context(closing(_SplitWriter(folder / name, encoder.layout))) for name in sources}
         bar = stack.enter_context(track(f"encode {', '.join(sources)}", together.num_rows))
         codes = together.codes[together.chosen()] if len(sources) > 1 and together.codes is not None else None
         done = 0
@@ -302,10 +327,14 @@ def _write_splits(folder: Path, encoder: Encoder, sources: Mapping[str, Source])
                 writer.append(block if codes is None else _part(block, codes[done : done + rows] == sources[name].picks[0]))
             done += rows
             bar.advance(rows)
-    return {
-        name: {"rows": source.num_rows, "sources": source.fingerprint(), "files": writers[name].entries()}
-        for name, source in sources.items()
-    }
+    written: dict[str, Any] = {}
+    for name, source in sources.items():
+        writer = writers[name]
+        written[name] = {"rows": source.num_rows, "sources": source.fingerprint(), "files": writer.entries()}
+        if writer.leaks.found:
+            written[name]["leaks"] = writer.leaks.found
+        writer.leaks.log(f"split {name!r}")
+    return written
 
 
 def _part(block: Encoded, chosen: npt.NDArray[np.bool_]) -> Encoded:
@@ -315,13 +344,20 @@ def _part(block: Encoded, chosen: npt.NDArray[np.bool_]) -> Encoded:
     def take(array: npt.NDArray[Any] | None) -> Any:
         return None if array is None else array.take(at, axis=0)
 
+    sequences, inner = {}, {}
+    for name, (values, lengths) in block.sequences.items():
+        values, *rest = keep_behaviours(np.repeat(chosen, lengths), values, block.inner.get(name))
+        sequences[name] = values, take(lengths)
+        inner |= {name: found for found in rest}
     return Encoded(
         take(block.sparse),
         take(block.dense),
-        {name: (values[np.repeat(chosen, lengths)], take(lengths)) for name, (values, lengths) in block.sequences.items()},
+        sequences,
         labels=take(block.labels),
         weight=take(block.weight),
         group=take(block.group),
+        inner=inner,
+        leaks={name: take(dropped) for name, dropped in block.leaks.items()},
     )
 
 

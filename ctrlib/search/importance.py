@@ -287,7 +287,7 @@ class _Dealt:
 
 
 def _with_field(batch: Batch, other: Batch, layout: BatchLayout, name: str) -> Batch:
-    """``batch`` with one field of ``other``."""
+    """``batch`` with one field of ``other``; an attribute of a history brings the others with it."""
 
     def swapped(into: Tensor, values: Tensor, columns: tuple[Any, ...]) -> Tensor:
         at = [i for i, column in enumerate(columns) if column.name == name]
@@ -297,7 +297,8 @@ def _with_field(batch: Batch, other: Batch, layout: BatchLayout, name: str) -> B
         into[:, at] = values[:, at]
         return into
 
-    sequences = {key: other.sequences[key] if key == name else ragged for key, ragged in batch.sequences.items()}
+    together = next((h.fields for h in layout.histories if name in h.fields), (name,))  # else behaviours would fall apart
+    sequences = {key: other.sequences[key] if key in together else ragged for key, ragged in batch.sequences.items()}
     return replace(
         batch,
         sparse=swapped(batch.sparse, other.sparse, layout.sparse),
@@ -425,7 +426,7 @@ def _features(
     ]
     columns += [batch.dense[:, i].numpy().astype(np.float64) for i in range(len(layout.dense))]
     for column in layout.sequences:
-        ragged = batch.sequences[column.name]
+        ragged = batch.sequences[column.name].flat
         lengths = ragged.offsets.diff().numpy()
         row = np.repeat(every_N, lengths)
         rates = _label_rates(ragged.values.numpy(), row, column.vocab_size, y_N, w_N, fold_N, config)

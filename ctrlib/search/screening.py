@@ -333,7 +333,7 @@ def _columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple
     for i, dense in enumerate(layout.dense):
         yield dense.name, _quantile_bins(batch.dense[:, i].numpy(), num_bins), None
     for column in layout.sequences:
-        ragged = batch.sequences[column.name]
+        ragged = batch.sequences[column.name].flat
         lengths = ragged.offsets.diff().numpy()
         row = np.repeat(np.arange(len(lengths)), lengths)
         empty = np.flatnonzero(lengths == 0)  # a value of its own: that there is none may tell something

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib import artifact
-from ctrlib.batch import Batch, Ragged
+from ctrlib.batch import Batch
 from ctrlib.config import ConfigError, override, positive, to_json
 from ctrlib.data.loader import Loader
 from ctrlib.data.store import Store
@@ -322,7 +322,7 @@ def _remapped(batches: Sequence[Batch], derived: Derived, layout: BatchLayout) -
             new[c.name][batch.sparse[:, i].long()] if c.name in new else batch.sparse[:, i] for i, c in enumerate(layout.sparse)
         ]
         sequences = {
-            name: Ragged(new[name][ragged.values.long()], ragged.offsets) if name in new else ragged
+            name: replace(ragged, values=new[name][ragged.values.long()]) if name in new else ragged
             for name, ragged in batch.sequences.items()
         }
         yield replace(batch, sparse=torch.stack(columns, dim=1) if columns else batch.sparse, sequences=sequences)

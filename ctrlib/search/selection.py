@@ -237,8 +237,8 @@ def compact(model: ModelComponent, selection: Selection, encoder: Encoder) -> tu
     for name, owner in derived.owners.items():
         same = np.arange(encoder.vocabularies[owner].size, dtype=np.int32)
         ids[name] = owner, derived.ids.get(name, same)
-    for column in layout.sparse:
-        if column.name in closed and column.table not in ids:  # quantile bins, which have no vocabulary
+    for column in (*layout.sparse, *layout.sequences):
+        if column.name in closed and column.table not in ids:  # quantile bins and time gaps, which have no vocabulary
             ids[column.table] = column.table, np.zeros(column.vocab_size, np.int32)
     for name, part in embeddings.items():
         cast(FeatureEmbedding, small.get_submodule(name)).take_over(part, ids, closed)
@@ -314,9 +314,11 @@ def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> De
                 ids[f.name] = np.zeros(old.size, np.int32)
     names = {f.name for f in fields}
     numeric = {name: learned for name, learned in encoder.numeric.items() if name in names}
-    gone = [name for name in schema.inputs if name not in names]
+    gone = [f.name for f in schema.fields if f.name not in names and not isinstance(f, CrossField)]
     ignored = {**schema.ignored, **dict.fromkeys(gone, f"dropped by {selection.method}")}
-    return Derived(Encoder(replace(schema, fields=tuple(fields), ignored=ignored), vocabularies, numeric), ids, owners)
+    schema = schema.with_only(fields)
+    histories = tuple(replace(h, gaps=None) if h.gaps in dropped and not close else h for h in schema.histories)
+    return Derived(Encoder(replace(schema, histories=histories, ignored=ignored), vocabularies, numeric), ids, owners)
 
 
 def _inherited(f: Field, schema: Schema, owner: str) -> Field:
@@ -351,7 +353,7 @@ def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
             f"that of this one {encoder.hash[:12]}…; apply it to the store that was searched, or search again"
         )
     schema = encoder.schema
-    names = [f.name for f in schema.fields]
+    names = [*(f.name for f in schema.fields), *(h.gaps for h in schema.histories if h.gaps is not None)]
     dropped: set[str] = set()
     if selection.fields is not None:
         for name in selection.fields:

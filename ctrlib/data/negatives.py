@@ -1,0 +1,79 @@
+"""Negatives for implicit feedback: items that a user never met, from a fixed seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ctrlib.schema import DataError
+
+Ints = npt.NDArray[np.int64]
+
+
+def sample_negatives(
+    users_N: Ints, seen_users_M: Ints, seen_items_M: Ints, num_items: int, count: int, *, seed: int | Sequence[int]
+) -> Ints:
+    """For each of N impressions, ``count`` different items that its user never met.
+
+    The law: uniform over all sets of ``count`` items of the catalogue 0, …, ``num_items`` − 1 without those that the user met at
+    any time, also later. So a negative is never a later positive, and nothing depends on popularity. Impressions are
+    independent of each other, those of one user too.
+
+    Args:
+        users_N: [N] the user of each impression, 0 or more.
+        seen_users_M, seen_items_M: [M] who met what, in any order; pairs may repeat.
+        num_items: size of the catalogue.
+        count: negatives an impression.
+        seed: of the draw; the same seed and inputs give the same items.
+
+    Returns:
+        [N, count] items.
+
+    Raises:
+        DataError: an item outside the catalogue, a negative user, or a user who has fewer than ``count`` items left.
+    """
+    if len(seen_items_M) and not 0 <= seen_items_M.min() <= seen_items_M.max() < num_items:
+        raise DataError(
+            f"items run from {seen_items_M.min()} to {seen_items_M.max()}; expected 0 to {num_items - 1}: number them first"
+        )
+    if min(users_N.min(initial=0), seen_users_M.min(initial=0)) < 0:
+        raise DataError("a user has a number below 0; expected 0 or more: number them first")
+    met_K = np.unique(seen_users_M * num_items + seen_items_M)
+    num_users = 1 + max(users_N.max(initial=-1), seen_users_M.max(initial=-1))
+    left_N = num_items - np.bincount(met_K // num_items, minlength=num_users)[users_N]
+    if (left_N < count).any():
+        at = int(np.argmin(left_N))
+        raise DataError(
+            f"user {users_N[at]} has met all but {left_N[at]} of {num_items} items, so {count} negatives cannot be drawn; ask for "
+            "fewer, or leave the user out"
+        )
+    rng = np.random.default_rng(seed)
+    items_NC = rng.integers(num_items, size=(len(users_N), count))
+    open_O = np.arange(len(users_N))  # impressions that may have a wrong item
+    while len(open_O):
+        items_OC = items_NC[open_O]
+        wrong_OC = _among(users_N[open_O, None] * num_items + items_OC, met_K) | _repeated(items_OC)
+        # A draw that is wrong is drawn again: no item is treated unlike another, so all sets stay equally likely.
+        items_OC[wrong_OC] = rng.integers(num_items, size=int(wrong_OC.sum()))
+        items_NC[open_O] = items_OC
+        open_O = open_O[wrong_OC.any(axis=1)]
+    return items_NC
+
+
+def _among(keys: Ints, sorted_K: Ints) -> npt.NDArray[np.bool_]:
+    if not len(sorted_K):
+        return np.zeros(keys.shape, bool)
+    at = np.minimum(np.searchsorted(sorted_K, keys), len(sorted_K) - 1)
+    found: npt.NDArray[np.bool_] = sorted_K[at] == keys
+    return found
+
+
+def _repeated(items_OC: Ints) -> npt.NDArray[np.bool_]:
+    """Which items of a row occur in it before."""
+    order_OC = np.argsort(items_OC, axis=1, kind="stable")
+    sorted_OC = np.take_along_axis(items_OC, order_OC, axis=1)
+    repeated_OC = np.zeros(items_OC.shape, bool)
+    np.put_along_axis(repeated_OC, order_OC[:, 1:], sorted_OC[:, 1:] == sorted_OC[:, :-1], axis=1)
+    return repeated_OC

@@ -1,0 +1,60 @@
+"""Negatives: never met, never twice, all sets equally likely, from the seed alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from ctrlib.data.negatives import sample_negatives
+from ctrlib.schema import DataError
+
+USERS, ITEMS = np.array([0, 0, 0, 2, 2, 5]), np.array([1, 3, 3, 0, 5, 2])
+
+
+def test_items_that_the_user_never_met() -> None:
+    impressions = np.array([0, 2, 5, 5, 3, 0, 7])
+    found = sample_negatives(impressions, USERS, ITEMS, 6, 4, seed=1)
+    assert found.shape == (7, 4)
+    for user, items in zip(impressions.tolist(), found.tolist(), strict=True):
+        met = set(ITEMS[user == USERS].tolist())
+        assert len(set(items)) == 4
+        assert not met & set(items)
+        assert set(items) <= set(range(6))
+
+
+def test_the_seed_alone_decides() -> None:
+    impressions = np.arange(200) % 6
+    one = sample_negatives(impressions, USERS, ITEMS, 50, 9, seed=(3, 1))
+    assert np.array_equal(one, sample_negatives(impressions, USERS[::-1], ITEMS[::-1], 50, 9, seed=(3, 1)))
+    assert not np.array_equal(one, sample_negatives(impressions, USERS, ITEMS, 50, 9, seed=(3, 2)))
+
+
+def test_all_sets_are_equally_likely() -> None:
+    # User 0 met items 1 and 3 of 7: five are left, of which three are drawn: ten sets.
+    n = 20_000
+    found = sample_negatives(np.zeros(n, np.int64), USERS, ITEMS, 7, 3, seed=0)
+    counts = Counter(tuple(sorted(items)) for items in found.tolist())
+    assert set(counts) == set(combinations((0, 2, 4, 5, 6), 3))
+    chi_square = sum((count - n / 10) ** 2 / (n / 10) for count in counts.values())
+    assert chi_square < 27.9  # of nine degrees of freedom, one in a thousand is larger
+    places = [Counter(column.tolist()) for column in found.T]  # and the order says nothing
+    assert all(abs(count / n - 0.2) < 0.015 for place in places for count in place.values())
+
+
+def test_all_that_is_left() -> None:
+    found = sample_negatives(np.array([0] * 30), USERS, ITEMS, 6, 4, seed=0)
+    assert {tuple(sorted(items)) for items in found.tolist()} == {(0, 2, 4, 5)}
+    assert sample_negatives(np.zeros(0, np.int64), USERS, ITEMS, 6, 4, seed=0).shape == (0, 4)
+    assert sorted(sample_negatives(np.array([4]), USERS[:0], ITEMS[:0], 3, 3, seed=0)[0].tolist()) == [0, 1, 2]
+
+
+def test_what_cannot_be_drawn() -> None:
+    with pytest.raises(DataError, match="user 2 has met all but 4 of 6 items, so 5 negatives cannot be drawn"):
+        sample_negatives(np.array([7, 2]), USERS, ITEMS, 6, 5, seed=0)
+    with pytest.raises(DataError, match="items run from 0 to 5; expected 0 to 4: number them first"):
+        sample_negatives(np.array([0]), USERS, ITEMS, 5, 1, seed=0)
+    with pytest.raises(DataError, match="a user has a number below 0"):
+        sample_negatives(np.array([-1]), USERS, ITEMS, 6, 1, seed=0)
