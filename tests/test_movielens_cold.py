@@ -37,7 +37,7 @@ def catalogue() -> data.Catalogue:
     }
     content = {
         "movie_id": pa.array(range(items)),
-        "year": pa.array(rng.choice(["1980s", "1999", "2000"], items)),
+        "release_year": pa.array(rng.choice(["1980s", "1999", "2000"], items)),
         "genres": pa.array([list(rng.choice(["Drama", "Comedy", "Horror"], 1 + i % 2, replace=False)) for i in range(items)]),
         "title": pa.array([[f"w{w}" for w in rng.integers(0, 9, i % 3)] for i in range(items)], pa.list_(pa.string())),
     }
@@ -220,4 +220,4 @@ def test_the_real_files() -> None:
     assert catalogue.users.num_rows == 6038
     assert catalogue.items.num_rows == 3533
     assert catalogue.items["title"][0].as_py() == ["toy", "story"]
-    assert catalogue.items["year"].to_pylist()[:2] == ["1995", "1995"]
+    assert catalogue.items["release_year"].to_pylist()[:2] == ["1995", "1995"]

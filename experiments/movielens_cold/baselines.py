@@ -65,7 +65,7 @@ def lightgbm(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     except ImportError as error:
         raise ConfigError("lightgbm is not installed; pip install 'ctrlib[search]', or leave this model out") from error
     rng = np.random.default_rng([seed, 4])
-    genre_IG, year_I = _genres(catalogue), np.array([int(year[:4]) for year in catalogue.items["year"].to_pylist()])
+    genre_IG, year_I = _genres(catalogue), np.array([int(year[:4]) for year in catalogue.items["release_year"].to_pylist()])
     share_IG = genre_IG / genre_IG.sum(1, keepdims=True)
     user_T, item_T = catalogue.user_P[parts.train], catalogue.item_P[parts.train]
     liked_UG = np.zeros((catalogue.users.num_rows, genre_IG.shape[1]))
@@ -124,7 +124,7 @@ def _multi_hot(lists: list[list[str]]) -> Floats:
 
 def _likeness(catalogue: Catalogue) -> Floats:
     """[I, I] cosines of genres, year and words of the title, weighed by ln(I / items that have them)."""
-    years = [[year] for year in catalogue.items["year"].to_pylist()]
+    years = [[year] for year in catalogue.items["release_year"].to_pylist()]
     columns = [_genres(catalogue), _multi_hot(years), _multi_hot(catalogue.items["title"].to_pylist())]
     hot = np.concatenate(columns, axis=1)
     hot = hot * np.log(len(hot) / np.maximum(hot.sum(0), 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, prepare
-from ctrlib.schema import DataError, Schema, SequenceField, SparseField
+from ctrlib.schema import Schema, SequenceField, SparseField
+from datasets import movielens
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data")) / "movielens-1m"
 
 USER_FIELDS = ("user_id", "gender", "age", "occupation", "region")
-ITEM_FIELDS = ("movie_id", "year", "genres", "title")
+ITEM_FIELDS = ("movie_id", "release_year", "genres", "title")
 IDS = ("user_id", "movie_id")
 POSITIVE = 4  # stars
 COLD, FEW, CHECK = 0.1, 0.1, 0.05  # shares of items; CHECK: cold ones for validation
@@ -30,7 +31,6 @@ COLD_USERS = 0.1
 FEW_CLICKS = 5
 HELD_OUT = 0.1  # of the interactions with warm items, for test, and as many for validation
 NEGATIVES = 4
-STOP_WORDS = frozenset(("a", "an", "and", "in", "of", "the", "to"))
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -62,50 +62,18 @@ class Parts:
 
 
 def read(folder: Path = RAW) -> Catalogue:
-    """The raw files of GroupLens, with ratings.parquet (user, item, rating) or ratings.dat.
+    """The positives among the ratings of ``datasets/movielens.py``; users and items without any are left out.
 
     Raises:
-        DataError: a file is missing.
+        DataError: a file is missing or is not what its name says.
     """
-    parquet = folder / "ratings.parquet"
-    missing = [name for name in ("users.dat", "movies.dat") if not (folder / name).is_file()]
-    if missing or not (parquet.is_file() or (folder / "ratings.dat").is_file()):
-        raise DataError(f"{folder} has no {', '.join(missing) or 'ratings.parquet or ratings.dat'}; set CTRLIB_DATA")
-    if parquet.is_file():
-        table = pq.read_table(parquet, columns=["user", "item", "rating"])
-        rating = np.stack([table[name].to_numpy() for name in ("user", "item", "rating")]).astype(np.int64)
-    else:
-        rating = np.array([line[:3] for line in _lines(folder / "ratings.dat")], dtype=np.int64).T
-    user_P, item_P = rating[:2, rating[2] >= POSITIVE]
-    user_ids, user_P = np.unique(user_P, return_inverse=True)
-    item_ids, item_P = np.unique(item_P, return_inverse=True)
-    users = {int(line[0]): line for line in _lines(folder / "users.dat")}
-    items = {int(line[0]): line for line in _lines(folder / "movies.dat")}
-    found = [users[i] for i in user_ids.tolist()]
-    profile = {
-        "user_id": pa.array(user_ids),
-        "gender": pa.array([line[1] for line in found]),
-        "age": pa.array([int(line[2]) for line in found]),
-        "occupation": pa.array([int(line[3]) for line in found]),
-        "region": pa.array([line[4][:2] for line in found]),  # the first two digits of the postal code
-    }
-    titles = [items[i][1] for i in item_ids.tolist()]
-    years = [int(title[-5:-1]) for title in titles]
-    content = {
-        "movie_id": pa.array(item_ids),
-        "year": pa.array([f"{year // 10}0s" if year < 1990 else str(year) for year in years]),
-        "genres": pa.array([items[i][2].split("|") for i in item_ids.tolist()]),
-        "title": pa.array([_words(title[:-6]) for title in titles], pa.list_(pa.string())),
-    }
-    return Catalogue(pa.table(profile), pa.table(content), user_P, item_P)
-
-
-def _lines(path: Path) -> list[list[str]]:
-    return [line.split("::") for line in path.read_text(encoding="latin-1").splitlines()]
-
-
-def _words(title: str) -> list[str]:
-    return [word for word in re.findall(r"[a-z0-9']+", title.lower()) if word not in STOP_WORDS]
+    found = movielens.read(folder, folder)
+    liked = found.stars >= POSITIVE
+    user_rows, user_P = np.unique(found.user_row[liked], return_inverse=True)
+    item_rows, item_P = np.unique(found.movie_row[liked], return_inverse=True)
+    users, items = found.users.take(user_rows), found.movies.take(item_rows)
+    users = users.append_column("region", pc.utf8_slice_codeunits(users["zip"], 0, 2))  # postal codes: the first two digits
+    return Catalogue(users, items, user_P, item_P)
 
 
 def sample(catalogue: Catalogue, positives: int, seed: int = 0) -> Catalogue:
@@ -198,8 +166,8 @@ def table(catalogue: Catalogue, user: Ints, item: Ints, **more: npt.NDArray[Any]
 def schema() -> Schema:
     """The fields of :func:`table`."""
     context = [SparseField(name=name, side="context") for name in USER_FIELDS]
-    bags = [SequenceField(name=name) for name in ("genres", "title")]
-    fields = (*context, SparseField(name="movie_id"), SparseField(name="year"), *bags)
+    bags = [SequenceField(name="genres"), SequenceField(name="title", min_count=2)]
+    fields = (*context, SparseField(name="movie_id"), SparseField(name="release_year"), *bags)
     return Schema(fields=fields, labels=("label",), group="group")
 
 
