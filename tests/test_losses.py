@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.autograd import backward
 
 from ctrlib.batch import Batch, Output, embedding_parameters
 from ctrlib.config import ConfigError
-from ctrlib.losses import add_embedding_l2, add_net_l2, bce_loss, total_loss
+from ctrlib.losses import add_embedding_l2, add_net_l2, bce_loss, info_nce, total_loss
 from ctrlib.schema import DataError
+from tests.reference import contrastive as reference
 
 LN2, LN3 = math.log(2), math.log(3)
 LOGITS = torch.tensor([0.0, LN3, -LN3])  # probabilities 1/2, 3/4, 1/4
@@ -146,3 +148,126 @@ def test_net_l2_is_the_gradient_of_the_penalty_on_the_rest(model: Net) -> None:
     assert got.keys() == expected.keys() == {"used.weight", "norm.weight", "norm.bias", "out.weight", "out.bias"}
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-12)
+
+
+def exclusions(pairs: set[tuple[int, int]], size: int) -> Tensor:
+    out = torch.zeros(size, size, dtype=torch.bool)
+    for i, j in pairs:
+        out[i, j] = True
+    return out
+
+
+@pytest.mark.parametrize("kind", ["dot", "cosine"])
+@pytest.mark.parametrize("source", ["anchor", "positive"])
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_info_nce_is_the_formula(kind: Any, source: Any, temperature: float) -> None:
+    torch.manual_seed(4)
+    anchor, positive = torch.randn(2, 6, 3, dtype=torch.float64)
+    options: dict[str, Any] = {"similarity": kind, "negatives_from": source, "temperature": temperature}
+    pairs, left_out = {(0, 1), (1, 0), (2, 4)}, {3}
+    rows = torch.tensor([i not in left_out for i in range(6)])
+    for excluded, out in ((set(), set()), (pairs, set()), (set(), left_out), (pairs, left_out)):
+        expected = reference.info_nce(
+            anchor.numpy(),
+            positive.numpy(),
+            kind=kind,
+            temperature=temperature,
+            negatives_from=source,
+            excluded=excluded,
+            left_out=out,
+        )
+        found = info_nce(
+            anchor,
+            positive,
+            exclude_BB=exclusions(excluded, 6) if excluded else None,
+            rows_B=rows if out else None,
+            **options,
+        )
+        assert found.item() == pytest.approx(expected, abs=1e-12)
+    both = info_nce(anchor, positive, symmetric=True, **options)
+    single = info_nce(anchor, positive, **options) + info_nce(positive, anchor, **options)
+    assert both.item() == pytest.approx(single.item() / 2, abs=1e-12)
+
+
+def test_info_nce_closed_forms() -> None:
+    eye = torch.eye(2, dtype=torch.float64)
+    for source in ("anchor", "positive"):
+        found = info_nce(eye, eye, similarity="dot", temperature=1.0, negatives_from=source)  # type: ignore[arg-type]
+        assert found.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-12)
+    assert math.log(1 + math.exp(-1)) == pytest.approx(0.3132617, abs=1e-7)
+    views = torch.eye(5, dtype=torch.float64)
+    analytic = -math.log(math.exp(1 / 0.3) / (math.exp(1 / 0.3) + 4))
+    assert info_nce(views, views, temperature=0.3).item() == pytest.approx(analytic, abs=1e-12)
+    same = torch.ones(7, 4, dtype=torch.float64)
+    assert info_nce(same, same).item() == pytest.approx(math.log(7), abs=1e-12)
+    assert info_nce(views, views, temperature=1e-3).item() == pytest.approx(0.0, abs=1e-12)  # the nearest is the positive
+
+
+def test_info_nce_without_negatives_is_zero() -> None:
+    anchor, positive = torch.randn(2, 4, 3)
+    assert info_nce(anchor, positive, exclude_BB=torch.ones(4, 4, dtype=torch.bool)).item() == 0.0
+    assert info_nce(anchor, positive, rows_B=torch.zeros(4, dtype=torch.bool)).item() == 0.0
+    assert info_nce(anchor[:1], positive[:1]).item() == 0.0
+    assert info_nce(anchor[:0], positive[:0]).item() == 0.0
+    assert info_nce(torch.zeros(3, 2), torch.zeros(3, 2)).isfinite()
+
+
+def test_info_nce_left_out_rows_get_no_gradient() -> None:
+    anchor, positive = torch.randn(2, 4, 3)
+    anchor[2] = positive[2] = 0.0
+    anchor.requires_grad_()
+    positive.requires_grad_()
+    backward(info_nce(anchor, positive, rows_B=torch.tensor([True, True, False, True])))
+    for gradient in (anchor.grad, positive.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+        assert not gradient[2].any()
+        assert gradient[0].any()
+
+
+def test_info_nce_draws_negatives_among_those_allowed() -> None:
+    torch.manual_seed(5)
+    anchor, positive = torch.randn(2, 30, 4, dtype=torch.float64)
+    excluded = torch.rand(30, 30) < 0.3
+    full = info_nce(anchor, positive, exclude_BB=excluded)
+    torch.testing.assert_close(info_nce(anchor, positive, exclude_BB=excluded, num_negatives=29), full, rtol=0, atol=1e-12)
+    torch.testing.assert_close(info_nce(anchor, positive, exclude_BB=excluded, num_negatives=99), full, rtol=0, atol=1e-12)
+    drawn = [info_nce(anchor, positive, exclude_BB=excluded, num_negatives=3).item() for _ in range(20)]
+    assert len(set(drawn)) == 20
+    assert max(drawn) < full.item()  # each adds to the denominator
+    only = torch.ones(30, 30, dtype=torch.bool)
+    only[:, 7] = False  # a single row is allowed
+    expected = info_nce(anchor, positive, exclude_BB=only)
+    torch.testing.assert_close(info_nce(anchor, positive, exclude_BB=only, num_negatives=1), expected, rtol=0, atol=1e-12)
+
+
+def test_info_nce_draws_nothing_where_all_are_negatives() -> None:
+    anchor, positive = torch.randn(2, 5, 3)
+    before = torch.get_rng_state()
+    info_nce(anchor, positive, symmetric=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_info_nce_is_float32_under_autocast() -> None:
+    anchor, positive = torch.randn(2, 8, 16)
+    expected = info_nce(anchor, positive, temperature=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = info_nce(anchor, positive, temperature=0.05)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": "cos"}, "similarity is 'cos'.*did you mean 'cosine'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"num_negatives": 0}, "num_negatives is 0"),
+        ({"negatives_from": "both"}, "negatives_from is 'both'"),
+    ],
+)
+def test_info_nce_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        info_nce(torch.eye(2), torch.eye(2), **options)
+    with pytest.raises(ConfigError, match="expected one vector for every row in each"):
+        info_nce(torch.eye(2), torch.eye(3))

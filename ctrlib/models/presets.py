@@ -3,7 +3,7 @@
 * ``paper``: the equations as printed; widths and depths that a paper tunes per data set are our choice.
 * ``fuxictr``: the benchmark code behind the published BARS numbers: dim 10, N(0, 1e-4²) embeddings, Xavier-normal layers,
   batch-normalised MLPs. Dropout, L2 and depths that BARS tuned per data set are in ``experiments/``.
-* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN, InterHAt and OptInter.
+* ``official``: the authors' repository, for AutoInt, ARM-Net, AFN, InterHAt, OptInter and DIN.
 """
 
 from __future__ import annotations
@@ -53,12 +53,17 @@ from ctrlib.interactions.onn import ONN
 from ctrlib.interactions.rank_mixer import RankMixer
 from ctrlib.interactions.sam import SAM
 from ctrlib.interactions.wukong import Wukong
+from ctrlib.models.aw_moe import AWMoE
+from ctrlib.models.behaviours import ActivationUnit, TargetAttention
+from ctrlib.models.bst import BST
 from ctrlib.models.contrastive import ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
+from ctrlib.models.din import DIN
 from ctrlib.models.ensemble import EnsembleModel
 from ctrlib.models.final_mlp import FinalMLPModel
 from ctrlib.models.final_net import FinalNetModel
 from ctrlib.models.hiformer import HiformerModel
+from ctrlib.models.moe import Experts, MoE
 from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.models.optinter import OptInter
 from ctrlib.models.two_tower import TwoTower
@@ -611,14 +616,52 @@ def auto_deepfm(flavour: Flavour = "paper") -> CTRModel.Config:
     return _ctr(flavour, interaction, first_order=FirstOrder.Config(bias=False), dim=40)
 
 
+def din(flavour: Flavour = "paper") -> DIN.Config:
+    """Behaviours weighed by the candidate; layers of 80 and 40 in the unit, as released. ``paper``: Dice, weights without norm,
+    200 and 80 after them, our choice. ``official``: sigmoids, softmax of scores divided by √d, 80 and 40 after it."""
+    if flavour == "paper":
+        return DIN.Config()
+    # NOTE[DIFF] as released, the pooled history goes through a norm and a linear layer, the MLP's input through a norm, and the
+    # candidate has a first-order weight
+    unit = ActivationUnit.Config(activation="sigmoid")
+    attention = TargetAttention.Config(unit=unit, norm="softmax", scale=True)
+    interaction = MLP.Config(hidden_units=(80, 40), activation="sigmoid")
+    return DIN.Config(
+        embedding=FeatureEmbedding.Config(dim=64), weight_init="xavier_uniform", attention=attention, interaction=interaction
+    )
+
+
+def bst(flavour: Flavour = "paper") -> BST.Config:
+    """One Transformer layer over the last 20 behaviours and the candidate."""
+    return BST.Config()
+
+
+def moe(flavour: Flavour = "paper") -> MoE.Config:
+    """Experts of one score each and a softmax gate on all fields: a baseline, whose sizes are our choice."""
+    # NOTE[DIFF] the paper's gate is noisy, keeps the k largest and is kept busy by a loss: its experts are thousands, ours few
+    return MoE.Config()
+
+
+def mmoe(flavour: Flavour = "paper") -> MoE.Config:
+    """Experts, and a softmax gate and a tower for every label; sizes are our choice."""
+    experts = Experts.Config(count=8, expert=MLP.Config(hidden_units=(128, 64)))
+    return MoE.Config(experts=experts, gates="per_label", tower=MLP.Config(hidden_units=(32,)))
+
+
+def aw_moe(flavour: Flavour = "paper") -> AWMoE.Config:
+    """Experts weighed by the behaviours of the user, with the contrastive loss; the paper was not at hand: all sizes are ours."""
+    return AWMoE.Config()
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A published model by name: how to configure it, what it is, where it comes from."""
+    """A published model by name: how to configure it, what it is, where it comes from; and whether the data must have a history."""
 
     make: Callable[[Flavour], ModelComponent.Config]
     description: str
     paper: str
     flavours: tuple[Flavour, ...] = ("paper", "fuxictr")
+    needs_history: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -689,6 +732,13 @@ PRESETS: Mapping[str, Preset] = {
     "optinter_f": Preset(optinter_f, "every pair factorised, into an MLP", "arXiv:2108.01265", ("paper",)),
     "auto_fm": Preset(auto_fm, "FM with a gate per pair of fields", "arXiv:2003.11235", ("paper",)),
     "auto_deepfm": Preset(auto_deepfm, "FM with a gate per pair, beside an MLP", "arXiv:2003.11235", ("paper",)),
+    "din": Preset(din, "behaviours weighed by the candidate", "arXiv:1706.06978", ("paper", "official"), needs_history=True),
+    "bst": Preset(bst, "Transformer over behaviours and candidate", "arXiv:1905.06874", ("paper",), needs_history=True),
+    "moe": Preset(moe, "mixture of experts with one gate", "arXiv:1701.06538", ("paper",)),
+    "mmoe": Preset(mmoe, "mixture of experts with a gate and a tower per label", "doi:10.1145/3219819.3220007", ("paper",)),
+    "aw_moe": Preset(
+        aw_moe, "experts weighed by behaviours, contrastive loss on the gate", "arXiv:2306.05011", ("paper",), needs_history=True
+    ),
 }
 
 COMPONENTS: Table = {
@@ -755,6 +805,13 @@ COMPONENTS: Table = {
         AdaptiveFusion,
         ContrastiveModel,
         TwoTower,
+        ActivationUnit,
+        TargetAttention,
+        Experts,
+        DIN,
+        BST,
+        MoE,
+        AWMoE,
     )
 }
 

@@ -29,8 +29,9 @@ def field_embeddings(model: nn.Module, names: Sequence[str]) -> list[FeatureEmbe
     for name in names:
         if name not in read:
             raise ConfigError(
-                f"no embedding of the model reads field {name!r}: it is left out in embedding.fields, or read another way (the "
-                "numbers of a HiformerModel, unless num_dense_tokens is None); choose another model, or permute fields instead"
+                f"no embedding of the model reads field {name!r}: it is left out in embedding.fields, or read another way (a "
+                "history that the model reads itself; the numbers of a HiformerModel, unless num_dense_tokens is None); choose "
+                "another model, or permute fields instead"
             )
     return embeddings
 

@@ -30,6 +30,7 @@ from ctrlib.schema import suggest
 from experiments.criteo.samples import sources
 
 HERE = Path(__file__).resolve().parent
+MODELS = tuple(name for name, preset in PRESETS.items() if not preset.needs_history)  # Criteo has none
 RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 BASELINE = "dnn"
@@ -104,14 +105,14 @@ def _parameters(config: RunConfig, store: Store) -> int:
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The results by preset, in the order of the presets."""
-    files = {name: folder / f"{name}.json" for name in PRESETS}
+    files = {name: folder / f"{name}.json" for name in MODELS}
     return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.is_file()}
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """README.md."""
     done = {name: found for name, found in results.items() if "error" not in found}
-    text = INTRO.format(intervals=len(PRESETS) - 1) + "".join(_line(found, done.get(BASELINE)) for found in done.values())
+    text = INTRO.format(intervals=len(MODELS) - 1) + "".join(_line(found, done.get(BASELINE)) for found in done.values())
     reduced = {name: found for name, found in done.items() if found["reduced"]}
     if reduced:
         text += (
@@ -124,7 +125,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in results.items():
         if "error" in found:
             text += f"\n**{name} failed:** {found['error']}\n"
-    missing = [name for name in PRESETS if name not in results]
+    missing = [name for name in MODELS if name not in results]
     return text + (f"\nNot run yet: {', '.join(missing)}.\n" if missing else "")
 
 
@@ -164,10 +165,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSONs; README.md goes there too")
     options = parser.parse_args()
     out: Path = options.out
-    names = options.models.split(",") if options.models else list(PRESETS)
+    names = options.models.split(",") if options.models else list(MODELS)
     for name in names:
-        if name not in PRESETS:
-            raise ConfigError(f"--models names {name!r}, which is no preset{suggest(name, PRESETS)}")
+        if name not in MODELS:
+            raise ConfigError(f"--models names {name!r}, which is no preset without a history{suggest(name, MODELS)}")
     readme = (HERE if out == RESULTS else out) / "README.md"
     out.mkdir(parents=True, exist_ok=True)
     tune_cpu()

@@ -14,12 +14,13 @@ from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.optinter import OptInter
 from ctrlib.models.presets import COMPONENTS
-from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
+from ctrlib.schema import BatchLayout, DenseColumn, HistoryColumn, SequenceColumn, SparseColumn
 
 LAYOUT = BatchLayout(
     sparse=(SparseColumn("user", 9, "user"), SparseColumn("item", 12, "item"), SparseColumn("hour", 5, "hour")),
     dense=(DenseColumn("price"), DenseColumn("age", 0, True), DenseColumn("time", 4, True)),
     sequences=(SequenceColumn("history", 12, "item", "mean", True),),
+    histories=(HistoryColumn("history", ("history",), ("item",)),),
 )
 WIDTHS = {"hidden_units": [8, 8], "fs_hidden_units": [8], "head_dim": 4, "num_neurons": 4, "dim": 4}
 WIDTHS |= {"key_dim": 4, "value_dim": 3, "rank_key": 5, "rank_value": 6}
@@ -28,7 +29,7 @@ LARGE, SMALL = 16, 8  # any other size above the one becomes the other
 
 
 def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
-    """Random rows; missing numbers, padding, OOV and an empty sequence among them."""
+    """Random rows of few groups; missing numbers, padding, OOV and an empty sequence among them."""
     g = torch.Generator().manual_seed(1000 * seed + count)
     sizes = torch.tensor([c.vocab_size for c in LAYOUT.sparse])
     sparse = (torch.rand(count, len(sizes), generator=g) * sizes).to(torch.int32)
@@ -39,7 +40,9 @@ def rows(count: int, *, seed: int = 0, num_labels: int = 1) -> Batch:
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     values = torch.randint(0, 12, (int(offsets[-1]),), generator=g, dtype=torch.int32)
     labels = torch.randint(0, 2, (count, num_labels), generator=g).float()
-    return Batch(sparse=sparse, dense=dense, sequences={"history": Ragged(values, offsets)}, labels=labels)
+    group = torch.randint(0, 1 + count // 2, (count,), generator=g)
+    sequences = {"history": Ragged(values, offsets)}
+    return Batch(sparse=sparse, dense=dense, sequences=sequences, labels=labels, group=group)
 
 
 def take(batch: Batch, chosen: list[int]) -> Batch:
@@ -52,6 +55,7 @@ def take(batch: Batch, chosen: list[int]) -> Batch:
         dense=batch.dense[chosen],
         sequences={"history": Ragged(torch.cat(lists), offsets)},
         labels=None if batch.labels is None else batch.labels[chosen],
+        group=None if batch.group is None else batch.group[chosen],
     )
 
 
@@ -63,7 +67,7 @@ def shrunk(config: ModelComponent.Config, **changes: Any) -> ModelComponent.Conf
 
     def walk(node: Any) -> Any:
         if isinstance(node, dict):
-            sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") in ("FinalMLP", "FTTransformer") else {})
+            sizes = WIDTHS | changes | ({"num_heads": 2} if node.get("type") in ("FinalMLP", "FTTransformer", "BST") else {})
             # Width 1 is what makes a table one of first-order weights.
             return {k: sizes[k] if k in sizes and (k, v) != ("dim", 1) else walk(v) for k, v in node.items()}
         if isinstance(node, list):

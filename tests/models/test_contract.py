@@ -127,7 +127,9 @@ def test_overfits_one_batch(name: str, flavour: Flavour) -> None:
     batch = rows(16)
     if name == "lr":  # can only learn what is separable: here, by the user
         batch = replace(batch, labels=(batch.sparse[:, :1] > 4).float())
-    m = make(shrunk(preset(name, flavour), dropout=0.0, hidden_units=[32, 32], fs_hidden_units=[32])).train()
+    # Nothing but the labels is to be learned: AW-MoE's contrastive loss, of weight λ, draws masks anew in every step.
+    config = shrunk(preset(name, flavour), dropout=0.0, hidden_units=[32, 32], fs_hidden_units=[32], weight=0.0)
+    m = make(config).train()
     optimizer = torch.optim.Adam(m.parameters(), lr=0.05 if name == "lr" else 0.02)
     first = float(total_loss(m(batch), batch).detach())
     loss = first

@@ -11,13 +11,14 @@ from ctrlib.batch import Batch, Ragged
 from ctrlib.config import ConfigError
 from ctrlib.losses import total_loss
 from ctrlib.models.presets import PRESETS, Flavour, preset
-from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
+from ctrlib.schema import BatchLayout, DenseColumn, HistoryColumn, SequenceColumn, SparseColumn
 from tests.models.small import make, shrunk
 
 USER, ITEM = SparseColumn("user", 9, "user"), SparseColumn("item", 12, "item")
 PRICE, AGE = DenseColumn("price"), DenseColumn("age", 4, True)
 HISTORY = SequenceColumn("history", 12, "item", "mean", True)
-MIXED = BatchLayout(sparse=(USER, ITEM), dense=(PRICE,), sequences=(HISTORY,))
+READ = HistoryColumn("history", ("history",), ("item",))
+MIXED = BatchLayout(sparse=(USER, ITEM), dense=(PRICE,), sequences=(HISTORY,), histories=(READ,))
 LAYOUTS = {
     "one_value": BatchLayout(sparse=(USER,)),
     "one_number": BatchLayout(dense=(PRICE,)),
@@ -47,6 +48,8 @@ def rows(layout: BatchLayout, count: int) -> Batch:
 
 def refusal(name: str, kind: str) -> str | None:
     """What the error says, where a preset cannot be."""
+    if PRESETS[name].needs_history:
+        return "reads a history of behaviours, but the data has none; declare one in the schema"
     if name == "hofm":
         return None if kind == "numbers" else r"HOFM\.order is 3, but its input has fewer fields \([12]\)"
     if name in PAIRS and kind.startswith("one_"):
