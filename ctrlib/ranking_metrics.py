@@ -96,9 +96,7 @@ def rank_groups(
 _AT_K = ("ndcg", "hr", "recall", "auc")
 
 
-def summarize_ranking(
-    labels: ArrayLike, scores: ArrayLike, group: ArrayLike, *, ks: Sequence[int] = TOP
-) -> dict[str, float]:
+def summarize_ranking(labels: ArrayLike, scores: ArrayLike, group: ArrayLike, *, ks: Sequence[int] = TOP) -> dict[str, float]:
     """The mean of every metric over the groups that have it, ready for JSON.
 
     Args:

@@ -124,7 +124,9 @@ def config(name: str, options: argparse.Namespace) -> RunConfig:
     return configure(model, options={**COMMON, **own}, epochs=options.epochs)
 
 
-def run(name: str, seed: int, store: Store, scratch: Path, settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    name: str, seed: int, store: Store, scratch: Path, settings: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
     """What the JSON of a model and seed holds: the report, and the test metrics by length of the history."""
     started = time.process_time()
     report = train(store, config(name, options), scratch / "run", name=name, seed=seed)
@@ -170,7 +172,9 @@ def _line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _comparison(done: seeds.Runs) -> str:
     """Differences of AW-MoE to the others, seed by seed, for all and for the long tail, and what follows from them."""
-    text = f"\n## {MAIN} minus the others\n\nMean difference of the same seeds and its 95 % confidence interval (Student's t over "
+    text = (
+        f"\n## {MAIN} minus the others\n\nMean difference of the same seeds and its 95 % confidence interval (Student's t over "
+    )
     text += "five pairs), which speaks of other seeds, not of other sessions.\n\n"
     others = [name for name in BASELINES if name in done]
     columns = [f"{metric}, {segment}" for metric in COMPARED for segment in ("all", LONG_TAIL)]
@@ -182,7 +186,9 @@ def _comparison(done: seeds.Runs) -> str:
             for segment in ("all", LONG_TAIL)
         ]
         text += f"| {name} | {' | '.join(cells)} |\n"
-    text += "\nAsked was that the mean is at least that of *din* and of *moe*, and that the gain for histories of up to five is at "
+    text += (
+        "\nAsked was that the mean is at least that of *din* and of *moe*, and that the gain for histories of up to five is at "
+    )
     text += "least the gain for all.\n\n"
     for name in ASKED:
         for metric in COMPARED if name in done else ():

@@ -33,7 +33,10 @@ FORBIDDEN = {
     "interactions": {"batch", "data", "models", "training", "embedding", "losses", "metrics", "optim"},
     "data": {"models", "interactions", "training", "embedding", "losses", "optim", "memory"},
     "embedding": {"data", "interactions", "training"},
-    **{name: {"models", "interactions", "data", "embedding"} for name in ("losses", "metrics", "ranking_metrics", "optim", "training")},
+    **{
+        name: {"models", "interactions", "data", "embedding"}
+        for name in ("losses", "metrics", "ranking_metrics", "optim", "training")
+    },
     "models": {"data", "training"},
 }
 # Schema.infer is the name people look for; it asks the module that reads data, when it is called.

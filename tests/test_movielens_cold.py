@@ -88,7 +88,9 @@ def test_negatives_are_known_to_be_none(catalogue: data.Catalogue, parts: data.P
         for name, p in (("train", parts.train), ("valid", parts.train | parts.valid))
     }
     for name, table in tables.items():
-        pairs = [(user_of[u], item_of[i]) for u, i in zip(table["user_id"].to_pylist(), table["movie_id"].to_pylist(), strict=True)]
+        pairs = [
+            (user_of[u], item_of[i]) for u, i in zip(table["user_id"].to_pylist(), table["movie_id"].to_pylist(), strict=True)
+        ]
         label = table["label"].to_numpy()
         negatives = [pair for pair, y in zip(pairs, label.tolist(), strict=True) if y == 0]
         assert label.sum() == getattr(parts, name).sum()
@@ -123,7 +125,9 @@ def test_places_equal_a_loop(catalogue: data.Catalogue, parts: data.Parts, disti
                 ndcg.append(np.mean([1 / np.log2(place + 1) if place <= 10 else 0 for place in places]))
                 mrr.append(np.mean([1 / place for place in places]))
             if distinct > 3:
-                ordered = next(reference.orders([0] * len(others) + [1] * len(targets), scores[user, others + targets].tolist()))
+                ordered = next(
+                    reference.orders([0] * len(others) + [1] * len(targets), scores[user, others + targets].tolist())
+                )
                 recall.append(reference.recall(ordered, 10))
         assert metrics["queries"] == len(hits)
         assert metrics["hr@10"] == pytest.approx(np.mean(hits))
@@ -159,9 +163,7 @@ def test_lightgbm_and_content_popularity_score_every_pair(catalogue: data.Catalo
 
 
 @pytest.mark.parametrize("name", ["mf", "deepfm_contrastive", "contrastive_cross"])
-def test_scores_of_all_pairs_are_those_of_rows(
-    name: str, catalogue: data.Catalogue, parts: data.Parts, tmp_path: Path
-) -> None:
+def test_scores_of_all_pairs_are_those_of_rows(name: str, catalogue: data.Catalogue, parts: data.Parts, tmp_path: Path) -> None:
     store = data.store(catalogue, parts, 0, tmp_path)
     report = train(store, cold.run_config(name, OPTIONS), tmp_path / "run", seed=0)
     assert report["epochs"] == 1

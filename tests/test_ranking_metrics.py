@@ -106,7 +106,7 @@ def test_ties_by_hand() -> None:
     labels, scores = [1, 0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5, 0.9]
     found = summarize_ranking(labels, scores, [1] * 5, ks=(3,))
     assert found["mrr"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4)
-    assert found["hr@3"] == found["recall@3"] == pytest.approx(0.5)
+    assert (found["hr@3"], found["recall@3"]) == pytest.approx((0.5, 0.5))
     assert found["ndcg@3"] == pytest.approx((1 / math.log2(3) + 1 / math.log2(4)) / 4)
     # weights of the first three: 1 for the row above, ½ for each tied row; the positive loses to it, and ties with 3·½
     assert found["auc@3"] == pytest.approx(0.5 * 1.5 / 2 / (0.5 * (1 + 1.5)))

@@ -24,14 +24,18 @@ FusionOutput = Literal["sum", "modalities"]
 class AdaptiveFusion(Interaction):
     """A modality is a group of fields; the row decides how much each field and each modality counts.
 
-        γ_f  = σ(MLP([mean(x_1), rms(x_1), …, mean(x_F), rms(x_F)]))_f          gates of the fields
+        σ    = sigmoid(MLP([mean(x_1), rms(x_1), …, mean(x_F), rms(x_F)]))
+        γ_f  = n_a σ_f / Σ_{g in a} σ_g                                          gates of the fields, over the n_a present ones
         h_a  = Σ_{f in a} γ_f W_f x_f + b_a                                      modalities a = 1 … A, of width k
         α    = softmax over the present modalities of V tanh(U [h_1, …, h_A] + c)
         z    = LayerNorm(Σ_a α_a h_a)
 
     Shape: [B, F, D] → [B, 1, k], field ``"adaptive_fusion"``; with ``output="modalities"`` [B, A, k] of α_a h_a under the names of
     the modalities, for a block that follows. Parameters: F·D·k + A·k (W, b), A·k·n + n + n·A (U, c, V; n ``hidden_dim``), 2·k, and
-    the gates' 2F·n + n + n·F + F.
+    the gates' 2F·n + n + n·F + F, where any modality has two fields.
+
+    The gates of a modality have a mean of 1, so that how much it counts is said by α alone; without that, a gate could close what
+    α leaves open. A modality of one field has no gate.
 
     A field whose token is a zero vector (padding, an id that was dropped, an empty sequence) is absent. A modality without a
     present field has α = 0 and takes no part, so what stands in its place cannot move the others.
@@ -44,7 +48,7 @@ class AdaptiveFusion(Interaction):
             modalities: their fields by name; a field that none names is a modality of its own.
             dim: k; ``None``: the width of the input.
             hidden_dim: n, of the network of the weights, and of that of the gates.
-            field_gates: gate the fields; otherwise γ = 1.
+            field_gates: gate the fields within their modalities; otherwise γ = 1.
             output: ``sum``: z; ``modalities``: the weighted modalities side by side.
         """
 
@@ -91,7 +95,7 @@ class AdaptiveFusion(Interaction):
         )
         self.bias_AK = nn.Parameter(torch.zeros(count, width))
         self.gates: nn.Sequential | None = None
-        if config.field_gates:
+        if config.field_gates and count < layout.num_fields:
             self.gates = nn.Sequential(
                 nn.Linear(2 * layout.num_fields, config.hidden_dim),
                 nn.ReLU(),
@@ -101,13 +105,18 @@ class AdaptiveFusion(Interaction):
         self.score = nn.Linear(config.hidden_dim, count, bias=False)
         self.norm = nn.LayerNorm(width) if config.output == "sum" else None
         self.out = FieldLayout(("adaptive_fusion",) if config.output == "sum" else tuple(names), width)
-        self.axes = {"attention": (tuple(names),)} | ({"gate": (layout.names,)} if config.field_gates else {})
+        self.axes = {"attention": (tuple(names),)} | ({"gate": (layout.names,)} if self.gates is not None else {})
 
     def gate(self, x_BFD: Tensor) -> Tensor:
-        """[B, F, D] → γ [B, F]."""
+        """[B, F, D] → γ [B, F], 0 where a field is absent."""
         assert self.gates is not None
         stats_BF2 = torch.stack([x_BFD.mean(-1), (x_BFD.square().mean(-1) + 1e-12).sqrt()], dim=-1)
-        return cast(Tensor, self.gates(stats_BF2.flatten(1))).sigmoid()
+        open_BF = cast(Tensor, self.gates(stats_BF2.flatten(1))).sigmoid()
+        present_BF = (x_BFD != 0).any(-1).to(open_BF.dtype)
+        open_BF = open_BF * present_BF
+        zero_BA = open_BF.new_zeros(open_BF.shape[0], self.count)
+        mean_BA = zero_BA.index_add(1, self.of, open_BF) / zero_BA.index_add(1, self.of, present_BF).clamp(min=1)
+        return open_BF / mean_BA.index_select(1, self.of).clamp(min=torch.finfo(open_BF.dtype).tiny)
 
     def modalities(self, x_BFD: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F, D] → h [B, A, k], zero where a modality is absent, and α [B, A]."""

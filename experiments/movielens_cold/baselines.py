@@ -71,7 +71,8 @@ def lightgbm(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     liked_UG = np.zeros((catalogue.users.num_rows, genre_IG.shape[1]))
     np.add.at(liked_UG, user_T, share_IG[item_T])
     profile_UC = np.stack(
-        [np.unique(catalogue.users[name].to_pylist(), return_inverse=True)[1] for name in ("gender", "age", "occupation")], axis=1
+        [np.unique(catalogue.users[name].to_pylist(), return_inverse=True)[1] for name in ("gender", "age", "occupation")],
+        axis=1,
     )
 
     def features(user: Ints, item: Ints, own: npt.NDArray[np.bool_] | None = None) -> Floats:

@@ -152,7 +152,9 @@ def rows(catalogue: Catalogue, parts: Parts, seed: int) -> Mapping[str, pa.Table
             items += [item_P[positive], item[fine]]
             labels += [np.ones(len(positive), dtype=np.int8), np.zeros(int(fine.sum()), dtype=np.int8)]
         user, item = np.concatenate(users), np.concatenate(items)
-        tables[name] = table(catalogue, user, item, label=np.concatenate(labels), group=2 * user + (parts.kind_I[item] == "check"))
+        tables[name] = table(
+            catalogue, user, item, label=np.concatenate(labels), group=2 * user + (parts.kind_I[item] == "check")
+        )
     return tables
 
 

@@ -84,9 +84,7 @@ def _deepfm(id_dropout: float, weight: float) -> ModelComponent.Config:
     encoder = MLP.Config(hidden_units=(64,))
     views_of = (data.USER_FIELDS, data.ITEM_FIELDS)
     contrast = replace(_CONTRAST, weight=weight)
-    return contrastive(
-        config, contrast, views_of=views_of, encoder=encoder, id_fields=data.IDS, id_dropout=id_dropout
-    )
+    return contrastive(config, contrast, views_of=views_of, encoder=encoder, id_fields=data.IDS, id_dropout=id_dropout)
 
 
 _MLP = MLP.Config(hidden_units=(64,), output_dim=64)
@@ -238,7 +236,9 @@ def _claims(done: seeds.Runs) -> str:
     mean = {name: statistics.fmean(run["pools"]["cold"]["hr@10"] for run in runs) for name, runs in done.items()}
     ids = max(ID_BASED, key=lambda name: mean[name])
     text = f"\n## What was asked\n\nHR@10 of cold items, *{MAIN}*: {mean[MAIN]:.4f}.\n\n"
-    text += f"* {mean[MAIN] / mean['popularity']:.2f} times *popularity* (asked: 1.5), which is chance here, for cold items tie; "
+    text += (
+        f"* {mean[MAIN] / mean['popularity']:.2f} times *popularity* (asked: 1.5), which is chance here, for cold items tie; "
+    )
     text += f"{mean[MAIN] / mean['content_popularity']:.2f} times *content_popularity*.\n"
     verdict = "above" if mean[MAIN] > mean[ids] else "not above"
     return text + f"* {verdict} every model with ids (asked: above); the best of these is *{ids}* with {mean[ids]:.4f}.\n"

@@ -19,11 +19,14 @@ MODALITIES = {"profile": ("user", "age")}
 
 CONTRACT: dict[str, Interaction.Config] = {
     "adaptive_fusion": AdaptiveFusion.Config(hidden_dim=8),
+    "adaptive_fusion_gates": AdaptiveFusion.Config(modalities={"place": ("city", "hour")}, hidden_dim=8),
     "adaptive_fusion_modalities": AdaptiveFusion.Config(
         modalities={"place": ("city", "hour")}, dim=4, hidden_dim=8, field_gates=False, output="modalities"
     ),
 }
-NEEDS: dict[str, Need] = {"adaptive_fusion_modalities": lambda layout: {"city", "hour"} <= set(layout.names)}
+NEEDS: dict[str, Need] = dict.fromkeys(
+    ("adaptive_fusion_gates", "adaptive_fusion_modalities"), lambda layout: {"city", "hour"} <= set(layout.names)
+)
 
 
 def fusion(**options: Any) -> AdaptiveFusion:
@@ -64,13 +67,13 @@ def test_equals_the_formula(field_gates: bool) -> None:
     own = block.hidden, block.norm
     hidden, norm = ((array(m.weight), array(m.bias)) for m in own)
     for row, x in enumerate(x_BFD.numpy()):
-        gamma = [1.0] * 4
+        gamma, of = [1.0] * 4, [0, 0, 1, 2]
         if block.gates is not None:
             first, last = (m for m in block.gates if isinstance(m, nn.Linear))
             layers = [(array(m.weight), array(m.bias)) for m in (first, last)]
-            gamma = reference.gates(x, layers[0], layers[1])
+            gamma = reference.gates(x, of, layers[0], layers[1])
             np.testing.assert_allclose(shown["gate"][row].numpy(), gamma, rtol=0, atol=1e-10)
-        of, weight, bias = [0, 0, 1, 2], array(block.weight_FDK), array(block.bias_AK)
+        weight, bias = array(block.weight_FDK), array(block.bias_AK)
         alpha, weighted, z = reference.fusion(x, gamma, of, weight, bias, hidden, array(block.score.weight), norm)
         np.testing.assert_allclose(shown["attention"][row].numpy(), alpha, rtol=0, atol=1e-10)
         np.testing.assert_allclose(array(z_B1K)[row, 0], z, rtol=0, atol=1e-10)
@@ -83,6 +86,17 @@ def test_weights_sum_to_one_over_what_is_present() -> None:
     assert (attention[2, 0], attention[3, 1]) == (0, 0)
     assert attention[4].tolist() == pytest.approx([1, 0, 0])
     assert fusion()(rows()).isfinite().all()
+
+
+def test_gates_have_a_mean_of_one_within_a_modality() -> None:
+    """So a modality of one field has γ = 1, and a lone present field too."""
+    gate = fusion().explain(rows())["gate"]
+    torch.testing.assert_close(gate[0, :2].mean(), torch.tensor(1.0, dtype=torch.float64))
+    assert gate[0, 0] != gate[0, 1]
+    torch.testing.assert_close(gate[0, 2:], torch.ones(2, dtype=torch.float64))
+    assert gate[1, :2].tolist() == pytest.approx([0, 1])
+    assert not gate[5].any()
+    assert list(AdaptiveFusion(AdaptiveFusion.Config(), LAYOUT).axes) == ["attention"]
 
 
 def test_masking_a_field_leaves_the_weight_of_an_absent_modality_alone() -> None:
@@ -105,24 +119,23 @@ def test_gradients_are_finite_where_nothing_is_present() -> None:
 
 
 def test_a_modality_of_noise_gets_less_than_its_share() -> None:
-    """The label is read off the profile and the item; ``genre`` is noise."""
+    """The label is read off age and item; the third modality is noise."""
     torch.manual_seed(0)
-    layout = FieldLayout(("profile", "item", "noise"), 8)
-    net = nn.Sequential(AdaptiveFusion(AdaptiveFusion.Config(dim=8), layout), nn.Flatten(), nn.Linear(8, 1))
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(400):
-        x_BFD = torch.randn(256, 3, 8)
-        label_B = (x_BFD[:, 0, 0] + x_BFD[:, 1, 0] > 0).float()
+    layout = FieldLayout(("age", "job", "item", "noise"), 8)
+    fused = AdaptiveFusion(AdaptiveFusion.Config(modalities={"profile": ("age", "job")}, dim=8), layout)
+    net = nn.Sequential(fused, nn.Flatten(), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(200):
+        x_BFD = torch.randn(256, 4, 8)
+        label_B = (x_BFD[:, 0, 0] + x_BFD[:, 2, 0] > 0).float()
         loss = nn.functional.binary_cross_entropy_with_logits(net(x_BFD).flatten(), label_B)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    block = net[0]
-    assert isinstance(block, AdaptiveFusion)
-    alpha = block.explain(torch.randn(2000, 3, 8))["attention"].mean(0)
-    assert float(loss.detach()) < 0.4
-    assert alpha[2] < 0.2
-    assert alpha.sum() == pytest.approx(1)
+    alpha = fused.explain(torch.randn(2000, 4, 8))["attention"].mean(0)
+    assert float(loss.detach()) < 0.2
+    assert alpha[2] < 0.5 / 3
+    assert alpha[:2].min() > 1 / 4
 
 
 def test_sizes() -> None:

@@ -41,7 +41,9 @@ def test_the_score_is_the_product_of_the_vectors() -> None:
     model.bias.data.fill_(0.3)
     user_BK, item_BK = model.vectors(batch)
     assert user_BK.shape == item_BK.shape == (9, 16)
-    expected = [sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 0.3 for a, b in zip(user_BK.tolist(), item_BK.tolist(), strict=True)]
+    expected = [
+        sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 0.3 for a, b in zip(user_BK.tolist(), item_BK.tolist(), strict=True)
+    ]
     torch.testing.assert_close(model(batch).logits, torch.tensor(expected))
     assert model(batch).auxiliary == {}
 
@@ -78,7 +80,7 @@ def test_the_cross_loss_is_of_clicked_rows_of_other_users_and_items() -> None:
     model, batch = tower(config), rows(40)
     assert batch.labels is not None
     user_BK, item_BK = model.vectors(batch)
-    found = float(model.train()(batch).auxiliary["contrastive_cross"])
+    found = float(model.train()(batch).auxiliary["contrastive_cross"].detach())
     model.eval()
     clicked = [i for i in range(40) if batch.labels[i, 0] == 1]
     users, items = batch.sparse[:, [0, 2]].tolist(), batch.sparse[:, 1].tolist()
@@ -105,14 +107,15 @@ def test_config_survives_json() -> None:
 
 
 def test_axes_are_those_of_the_towers() -> None:
-    model = tower()
+    model = tower(replace(CONFIG, item_tower=AdaptiveFusion.Config(modalities={"content": ("price", "history")})))
     shown = model.explain(rows(4))
-    assert list(shown) == list(model.axes) == ["user/attention", "user/gate", "item/attention", "item/gate"]
-    assert model.axes["item/attention"] == (("item", "price", "history"),)
-    assert shown["item/attention"].shape == (4, 3)
+    assert list(shown) == list(model.axes) == ["user/attention", "item/attention", "item/gate"]
+    assert model.axes["item/attention"] == (("item", "content"),)
+    assert shown["item/attention"].shape == (4, 2)
+    assert shown["item/gate"].shape == (4, 3)
 
 
-def test_compiles_and_exports() -> None:
+def test_compiles_to_one_graph() -> None:
     torch.compiler.reset()
     model, batch = tower(), rows(5)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -135,8 +138,8 @@ def test_errors() -> None:
         replace(CONFIG, cross_weight=-1.0)
 
 
-# Planted: 300 users, 400 items in 12 genres, each user likes three genres; the last 80 items are cold.
-USERS, ITEMS, COLD, GENRES = 300, 400, 80, 12
+# Planted: 200 users, 300 items in 12 genres, each user likes three genres; the last 80 items are cold.
+USERS, ITEMS, COLD, GENRES = 200, 300, 80, 12
 PLANTED = BatchLayout(
     sparse=(SparseColumn("user", USERS + 2, "user"), SparseColumn("item", ITEMS - COLD + 2, "item")),
     sequences=(SequenceColumn("genre", GENRES + 2, "genre"),),

@@ -13,10 +13,15 @@ Array = npt.NDArray[np.float64]
 Layer = tuple[Array, Array]
 
 
-def gates(x: Array, hidden: Layer, out: Layer) -> list[float]:
-    """x [F, D] → γ [F]."""
+def gates(x: Array, of: list[int], hidden: Layer, out: Layer) -> list[float]:
+    """x [F, D], the modality of every field → γ [F]."""
     stats = [s for field in x for s in (float(np.mean(field)), math.sqrt(float(np.mean(field**2)) + 1e-12))]
-    return [1 / (1 + math.exp(-g)) for g in mlp(np.array([stats]), [hidden], "relu", out)]
+    opened = [1 / (1 + math.exp(-g)) for g in mlp(np.array([stats]), [hidden], "relu", out)]
+    found = []
+    for f, a in enumerate(of):
+        others = [opened[g] for g in range(len(x)) if of[g] == a and np.any(x[g] != 0)]
+        found.append(opened[f] * len(others) / sum(others) if np.any(x[f] != 0) else 0.0)
+    return found
 
 
 def fusion(
