@@ -82,7 +82,7 @@ def info_nce(
         L = −(1/n) Σ_i ln( e^{s(a_i, p_i)/τ} / (e^{s(a_i, p_i)/τ} + Σ_{l ∈ N(i)} e^{s(a_i, x_l)/τ}) )
 
     with x the positives or the anchors, s the dot product or the cosine, and N(i) the rows l ≠ i that are not excluded. A row
-    without negatives loses 0; so does a batch without rows. Computed in float32 at least; memory is that of some [B, B] tensors.
+    without negatives loses 0; so does a batch without rows. Computed in float32 at least, in memory of some [B, B] tensors.
 
     Args:
         anchor_BD, positive_BD: the views; the cosine of a zero vector is 0.

@@ -1,7 +1,7 @@
 """AW-MoE: experts weighed by the behaviours of the user, and a contrastive loss on these weights (arXiv:2306.05011).
 
-NOTE[DIFF] only the paper's abstract was at hand. Inputs, sizes and norms of the units are a reference design, not the paper's, and
-no number measured with it may be called the paper's; docs/papers/aw_moe.md says what is known.
+NOTE[DIFF] only the paper's abstract was at hand. Inputs, sizes and norms of the units are a reference design, not the paper's,
+and no number measured with it may be called the paper's; docs/papers/aw_moe.md says what is known.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class AWMoE(ModelComponent):
         logit    Σ_k g_k s_k
 
     Behaviours are read once: the second view of the contrastive loss sums the same a_j r_j over those that are not masked.
-    Without φ networks x are the tokens of all fields and of the attended history, which any interaction block can read; with one
-    of them x is one flat vector.
+    Without φ networks x are the tokens of all fields and of the attended history, which any interaction block can read; with a
+    network x is one flat vector.
 
-    Parameters beside tables, with d the width of h, and K experts: AU_in, AU_g and GU of
-    :class:`~ctrlib.models.behaviours.ActivationUnit`, K networks of width |x|, K for the gate of empty histories, the φ networks.
+    Parameters beside tables: AU_in, AU_g and GU (:class:`~ctrlib.models.behaviours.ActivationUnit`), K networks of width |x|,
+    K for the gate of empty histories, and the φ networks.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ class AWMoE(ModelComponent):
         Args:
             history: the history to read; others are pooled as any sequence. ``None``: the only one.
             query: fields of the query (search words, page, hour) that make h_q.
-            context: c is h_t, or a linear map of h_q, or of both. With the query alone, the gate is the same for all candidates.
+            context: c is h_t, or a linear map of h_q or of both. With the query alone the gate is the same for all candidates.
             item_mlp: φ of behaviours and candidate; ``None``: their attributes side by side.
             query_mlp: φ of the query's fields; ``None`` likewise.
             other_mlp: φ of all other fields; ``None`` likewise.
@@ -208,7 +208,7 @@ class AWMoE(ModelComponent):
         return None if user is None else names.index(user)
 
     def read(self, batch: Batch) -> tuple[Steps, Tensor, Tensor]:
-        """Behaviours [N, d], context [B, d], and the experts' input up to the attended history: tokens [B, F, D], or [B, 1, W]."""
+        """Behaviours [N, d], context [B, d], and the experts' input but for the attended history: [B, F, D], or [B, 1, W]."""
         x_BFD = self.embedding(batch)
         steps = read_behaviours(self.embedding, batch, self.history)
         target_BAD = self.embedding.targets(batch, self.history)
@@ -303,8 +303,8 @@ class AWMoE(ModelComponent):
         user_B = batch.group if self.user is None else batch.sparse[:, self.user]
         if user_B is None:
             raise ConfigError(
-                "AWMoE's contrastive loss must know which rows are of one user, and the data has no group; name the column in the "
-                "schema (group, or --group), or set contrast.user to a sparse field, contrast.exclude_same_user to false, or "
+                "AWMoE's contrastive loss must know which rows are of one user, and the data has no group; name the column "
+                "in the schema (group, or --group), or set contrast.user to a sparse field, contrast.exclude_same_user to false, or "
                 "contrast.weight to 0"
             )
         return user_B.unsqueeze(1) == user_B.unsqueeze(0)
@@ -347,8 +347,8 @@ class AWMoE(ModelComponent):
         * ``"utilisation"`` [B, K]: |g_k| / Σ_l |g_l|; :func:`utilisation` sums it up over rows;
         * ``"score"`` [B, K, E]: what the experts say;
         * ``"history/weight"``, ``"history/activation"`` [B, 50]: the weights in h_u, and a_j, of the most recent behaviours;
-        * ``"history/contribution"`` [B, 50, K]: a_j r_jk, whose sum over all behaviours is the gate, where ``pool`` is ``"sum"``
-          and there is neither norm nor bias; only with the gate unit. :meth:`contributions` has those of all behaviours.
+        * ``"history/contribution"`` [B, 50, K]: a_j r_jk, whose sum over all behaviours is the gate, where ``pool`` is
+          ``"sum"`` and there is neither norm nor bias; only with the gate unit. :meth:`contributions` has all behaviours.
         """
         steps, context_BW, x_BFD = self.read(batch)
         score_N = self.attention.scores(steps, context_BW)

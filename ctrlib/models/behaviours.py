@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import torch
@@ -125,15 +126,16 @@ def choose_histories(
 
 
 def one_history(model: str, layout: BatchLayout, wanted: str | None, fields: tuple[str, ...] | None) -> HistoryColumn:
-    """The single history that a model is to read; ``None``: the only one. Arguments and errors as of :func:`choose_histories`."""
+    """The single history that a model is to read; ``None``: the only one. Otherwise as :func:`choose_histories`."""
     found = choose_histories(model, layout, None if wanted is None else (wanted,), fields)
     if len(found) > 1:
-        raise ConfigError(f"{model} reads one history, and the data has {', '.join(h.name for h in found)}; name one in history")
+        raise ConfigError(
+            f"{model} reads one history, and the data has {', '.join(h.name for h in found)}; name one in history"
+        )
     return found[0]
 
 
-def need_target
-(model: str, history: HistoryColumn) -> None:
+def need_target(model: str, history: HistoryColumn) -> None:
     """Raise :class:`ConfigError` if the candidate has nothing that the behaviours could be compared with."""
     if not any(history.targets):
         raise ConfigError(
@@ -145,8 +147,8 @@ def need_target
 class ActivationUnit(Component, nn.Module):
     """A network on a behaviour h and a context c: y = MLP([h, c, h − c, h ⊙ c]) (DIN, arXiv:1706.06978).
 
-    Shape: h [N, d], c [B, d], row of every behaviour [N] → [N, q]. Parameters: 4d·a_1 + a_1 + a_1·a_2 + a_2 + … + a_n·q + q, and
-    those of learned activations.
+    Shape: h [N, d], c [B, d], row of every behaviour [N] → [N, q]. Parameters: 4d·a_1 + a_1 + a_1·a_2 + a_2 + … + a_n·q + q,
+    and those of learned activations.
 
     The first layer never has its 4d inputs side by side. With W = [W_1, W_2, W_3, W_4] it is
 
@@ -177,7 +179,7 @@ class ActivationUnit(Component, nn.Module):
         widths = (*config.hidden_units, output_dim)
         self.first = nn.Linear(4 * width, widths[0])
         layers: list[nn.Module] = []
-        for units, following in zip(widths, widths[1:], strict=False):
+        for units, following in pairwise(widths):
             layers += [activation_layer(config.activation, units), nn.Linear(units, following)]
         self.rest = nn.Sequential(*layers)
 
@@ -267,7 +269,7 @@ class AttendedHistories(nn.Module):
         return cast(Tensor, super().__call__(embedding, batch))
 
     def explain(self, embedding: FeatureEmbedding, batch: Batch) -> dict[str, Tensor]:
-        """``"history/weight"`` [B, 50]: the weights of the most recent behaviours, the last one first; 0 where there are fewer."""
+        """``"history/weight"`` [B, 50]: weights of the most recent behaviours, the last one first; 0 where there are fewer."""
         shown = {}
         for name, module in zip(self.histories, self.attention, strict=True):
             attention = cast(TargetAttention, module)

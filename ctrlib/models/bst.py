@@ -25,8 +25,8 @@ Read = Literal["concat", "target", "mean"]
 class BST(ModelComponent):
     """logits = head(interaction([fields; y])), y = layers([candidate, last behaviour, last but one, …] + positions).
 
-    Shape: Batch → Output(logits [B] or [B, T]). A place of the sequence has the A attributes side by side, W = A·D, to which the
-    vector of its position is added; 0 is the candidate, 1 the last behaviour. A layer is
+    Shape: Batch → Output(logits [B] or [B, T]). A place of the sequence has the A attributes side by side, W = A·D, to which
+    the vector of its position is added; 0 is the candidate, 1 the last behaviour. A layer is
 
         z = norm(x + dropout(attention(x))),   y = norm(z + dropout(leaky_relu(z W_1 + b_1) W_2 + b_2)),
 
@@ -34,8 +34,8 @@ class BST(ModelComponent):
     memory is that of a block [B, 1 + max_length, W], and the attention's [B, num_heads, (1 + max_length)²].
     """
 
-    # NOTE[DIFF] the paper's positions are time gaps, as a feature of the item; here places, learned vectors. A history with gaps
-    # has the gap as an attribute besides.
+    # NOTE[DIFF] the paper's positions are time gaps, as a feature of the item; here places, learned vectors. A history with
+    # gaps has the gap as an attribute besides.
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Config(ModelComponent.Config):
@@ -46,8 +46,8 @@ class BST(ModelComponent):
             num_layers, num_heads: of the Transformer.
             ffn_dim: hidden units of a layer; ``None``: 4·W.
             dropout: in the layers.
-            read: what of y the interaction gets: the outputs at all places, in order and 0 where there is none (``concat``); that
-                at the candidate's (``target``); or their mean over the places that there are.
+            read: what of y the interaction gets: the outputs at all places, in order and 0 where there is none (``concat``);
+                that at the candidate's (``target``); or their mean over the places that there are.
             interaction: the block between tokens and head.
         """
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: experts computed together, gates, and the plain and the multi-gate model (MMoE, doi:10.1145/3219819.3220007)."""
+"""Mixtures of experts: experts computed together, their gates, and the model with one gate or several (MoE, MMoE)."""
 
 from __future__ import annotations
 
@@ -127,10 +127,11 @@ def normed_gate(gate_BK: Tensor, norm: GateNorm, top_k: int) -> Tensor:
 
 
 class MoE(ModelComponent):
-    """logit_t = Σ_k softmax(G_t z)_k s_kt(x), or tower_t(Σ_k softmax(G_t z)_k s_k(x)). Shape: Batch → Output(logits [B] or [B, T]).
+    """logit_t = Σ_k softmax(G_t z)_k s_kt(x), or tower_t(Σ_k softmax(G_t z)_k s_k(x)).
 
-    x are all tokens, z those that the gates read, s_k the experts. Without a tower an expert gives a score for every label; with
-    one a vector, its last hidden layer. With a gate per label and towers it is MMoE.
+    Shape: Batch → Output(logits [B] or [B, T]). x are all tokens, z those that the gates read, s_k the experts (arXiv:1701.06538).
+    Without a tower an expert gives a score for every label; with one a vector, its last hidden layer. With a gate per label and
+    towers it is MMoE (doi:10.1145/3219819.3220007).
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ class MoE(ModelComponent):
             gates: one G for all labels, or one per label.
             gate_fields: z, fields or attributes of histories; ``None``: all.
             top_k: only so many of the largest gates of a row are not 0; ``None``: all.
-            tower: hidden layers between the mixture and the logit of a label, of its own for each; ``None``: experts give scores.
+            tower: hidden layers between the mixture and the logit of a label, for each its own; ``None``: experts give scores.
             attention: read every history by target attention, as DIN does; ``None``: pool its attributes as any sequence.
         """
 

@@ -649,13 +649,13 @@ def mmoe(flavour: Flavour = "paper") -> MoE.Config:
 
 
 def aw_moe(flavour: Flavour = "paper") -> AWMoE.Config:
-    """Experts weighed by the behaviours of the user, with the contrastive loss; the paper was not at hand: all sizes are ours."""
+    """Experts weighed by the behaviours of the user, with the contrastive loss. All sizes are our choice."""
     return AWMoE.Config()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model by name: how to configure it, what it is, where it comes from; and whether the data must have a history."""
+    """A published model by name: how to configure it, what it is, where it comes from, and whether it must have a history."""
 
     make: Callable[[Flavour], ModelComponent.Config]
     description: str
@@ -737,7 +737,11 @@ PRESETS: Mapping[str, Preset] = {
     "moe": Preset(moe, "mixture of experts with one gate", "arXiv:1701.06538", ("paper",)),
     "mmoe": Preset(mmoe, "mixture of experts with a gate and a tower per label", "doi:10.1145/3219819.3220007", ("paper",)),
     "aw_moe": Preset(
-        aw_moe, "experts weighed by behaviours, contrastive loss on the gate", "arXiv:2306.05011", ("paper",), needs_history=True
+        aw_moe,
+        "experts weighed by behaviours, contrastive loss on the gate",
+        "arXiv:2306.05011",
+        ("paper",),
+        needs_history=True,
     ),
 }
 

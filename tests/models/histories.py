@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ def behaviours(batch: Batch) -> list[list[Behaviour]]:
     columns = [batch.sequences[name] for name in FIELDS]
     ends = columns[0].offsets.tolist()
     values = list(zip(*(column.values.tolist() for column in columns), strict=True))
-    return [values[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [values[a:b] for a, b in pairwise(ends)]
 
 
 def with_behaviours(batch: Batch, lists: list[list[Behaviour]]) -> Batch:

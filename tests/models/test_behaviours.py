@@ -41,9 +41,7 @@ def unit(hidden: tuple[int, ...], activation: Any, width: int, outputs: int) -> 
 
 def attention(norm: Any, width: int = 3, scale: bool = False) -> TargetAttention:
     torch.manual_seed(2)
-    config = TargetAttention.Config(
-        unit=ActivationUnit.Config(hidden_units=(6, 4), activation="tanh"), norm=norm, scale=scale
-    )
+    config = TargetAttention.Config(unit=ActivationUnit.Config(hidden_units=(6, 4), activation="tanh"), norm=norm, scale=scale)
     return TargetAttention(config, width).double().eval()
 
 
@@ -53,8 +51,7 @@ def test_the_fused_unit_is_that_of_the_concatenation(hidden: tuple[int, ...], ac
     c_BW = torch.randn(3, 3, dtype=torch.float64)
     shown = m(s.h_NW, c_BW, s.row_N).detach().numpy()
     expected = [
-        reference.unit(h.numpy(), c_BW[b].numpy(), layers(m), activation)
-        for h, b in zip(s.h_NW, s.row_N.tolist(), strict=True)
+        reference.unit(h.numpy(), c_BW[b].numpy(), layers(m), activation) for h, b in zip(s.h_NW, s.row_N.tolist(), strict=True)
     ]
     np.testing.assert_allclose(shown, expected, rtol=0, atol=1e-12)
 
@@ -72,7 +69,7 @@ def test_dice_is_the_formula_over_the_rows_of_a_batch() -> None:
     dice = Dice(2).double()
     nn.init.normal_(dice.alpha)
     s_NU = 2 * torch.randn(7, 2, dtype=torch.float64) + 1
-    expected = [reference.dice(s_NU[:, u].numpy(), float(dice.alpha[u]), 1e-8) for u in range(2)]
+    expected = [reference.dice(s_NU[:, u].numpy(), dice.alpha[u].item(), 1e-8) for u in range(2)]
     np.testing.assert_allclose(dice(s_NU).detach().numpy().T, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(dice.mean, 0.1 * s_NU.mean(0))
     torch.testing.assert_close(dice.variance, 0.9 + 0.1 * s_NU.var(0))

@@ -103,7 +103,7 @@ def test_refusals() -> None:
         bst(replace(LAYOUT, histories=()))
     with pytest.raises(ConfigError, match=r"num_heads is 5, which does not divide .* 12 \(3 attributes of width 4\)"):
         bst(num_heads=5)
-    with pytest.raises(ConfigError, match="'targt'.*did you mean 'target'"):
+    with pytest.raises(ConfigError, match=r"'targt'.*did you mean 'target'"):
         BST.Config(read=cast(Any, "targt"))
     for options in ({"max_length": 0}, {"num_layers": 0}, {"ffn_dim": 0}):
         with pytest.raises(ConfigError, match=rf"BST\.{next(iter(options))} is 0"):

@@ -129,7 +129,9 @@ def test_several_labels() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="DIN reads a history of behaviours, but the data has none; declare one in the schema"):
+    with pytest.raises(
+        ConfigError, match="DIN reads a history of behaviours, but the data has none; declare one in the schema"
+    ):
         din(replace(LAYOUT, histories=()))
     with pytest.raises(ConfigError, match="history 'histori', which the data lacks; did you mean 'history'"):
         din(histories=("histori",))

@@ -52,7 +52,9 @@ def raw(rows: int, seed: int) -> Any:
     histories = []
     for t, n in zip(taste, count, strict=True):
         own = r.random(n) < 0.8
-        histories.append(np.where(own, t + CATEGORIES * r.integers(0, ITEMS // CATEGORIES, n), r.integers(0, ITEMS, n)).tolist())
+        histories.append(
+            np.where(own, t + CATEGORIES * r.integers(0, ITEMS // CATEGORIES, n), r.integers(0, ITEMS, n)).tolist()
+        )
     return pa.table(
         {
             "user": seed * 10**6 + np.arange(rows) // 4,
@@ -122,8 +124,17 @@ def test_from_the_command_line(
 def test_data_without_a_history_is_refused(data: Path, tmp_path: Path) -> None:
     plain = Schema(fields=SCHEMA.fields[:3], labels=SCHEMA.labels, group="user")
     for name in ("din", "bst", "aw_moe"):
-        with pytest.raises(ConfigError, match="reads a history of behaviours, but the data has none; declare one in the schema"):
-            train(data / "train.parquet", configure(name, options={"batch_size": "256"}), tmp_path / name, DataOptions(schema=plain))
+        with pytest.raises(
+            ConfigError, match="reads a history of behaviours, but the data has none; declare one in the schema"
+        ):
+            train(
+                data / "train.parquet",
+                configure(name, options={"batch_size": "256"}),
+                tmp_path / name,
+                DataOptions(schema=plain),
+            )
     grouped = Schema(fields=SCHEMA.fields, labels=SCHEMA.labels, time="time", histories=SCHEMA.histories)
-    with pytest.raises(ConfigError, match=r"which rows are of one user, and the data has no group; name the column in the schema"):
+    with pytest.raises(
+        ConfigError, match=r"which rows are of one user, and the data has no group; name the column in the schema"
+    ):
         train(data / "train.parquet", configure("aw_moe"), tmp_path / "aw_moe", DataOptions(schema=grouped))

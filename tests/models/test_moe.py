@@ -96,7 +96,11 @@ def test_experts_of_any_block() -> None:
 
 def test_experts_start_apart_and_each_as_a_layer_of_its_own() -> None:
     torch.manual_seed(3)
-    for scheme, std in (("torch", (1 / 3 / 60) ** 0.5), ("xavier_normal", (2 / 360) ** 0.5), ("xavier_uniform", (2 / 360) ** 0.5)):
+    for scheme, std in (
+        ("torch", (1 / 3 / 60) ** 0.5),
+        ("xavier_normal", (2 / 360) ** 0.5),
+        ("xavier_uniform", (2 / 360) ** 0.5),
+    ):
         config = MoE.Config(
             embedding=FeatureEmbedding.Config(dim=10, fields=("user", "item", "category", "hour", "price", "tags")),
             weight_init=cast(Any, scheme),
@@ -173,7 +177,9 @@ def test_a_gate_that_sees_some_fields_only() -> None:
     moved = replace(batch, sparse=batch.sparse.clone(), dense=batch.dense + 1)
     moved.sparse[:, [0, 1, 3]] = 1
     torch.testing.assert_close(model.explain(moved)["gate"], expected, rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="gate_fields names 'categori', which the model does not read; did you mean 'category'"):
+    with pytest.raises(
+        ConfigError, match="gate_fields names 'categori', which the model does not read; did you mean 'category'"
+    ):
         moe(gate_fields=("categori",))
 
 

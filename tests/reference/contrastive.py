@@ -37,9 +37,7 @@ def info_nce(
     for i in rows:
         own = math.exp(similarity(anchor[i], positive[i], kind) / temperature)
         rest = sum(
-            math.exp(similarity(anchor[i], others[j], kind) / temperature)
-            for j in rows
-            if j != i and (i, j) not in excluded
+            math.exp(similarity(anchor[i], others[j], kind) / temperature) for j in rows if j != i and (i, j) not in excluded
         )
         total -= math.log(own / (own + rest))
     return total / max(len(rows), 1)
