@@ -487,8 +487,9 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
     Args:
         run: a run or artifact folder.
         data: rows with labels, or a store made by the same encoder.
-        by: a column; adds ``"segments"``, one entry per value (deciles of a number with over 50 values). Of a column of lists it
-            is one per bucket of their lengths; with a group in the data, :func:`ctrlib.ranking_metrics.by_history_length`.
+        by: a column; adds ``"segments"``, one entry per value (deciles of a number with over 50 values). Of a column of
+            lists it is one per bucket of their lengths; with a group in the data, those of
+            :func:`ctrlib.ranking_metrics.by_history_length`.
 
     Raises:
         DataError: the data lacks a column, or the store was made by another encoder.

@@ -14,15 +14,17 @@ recall@k   positives among the first k, divided by P                        a po
 auc@k      AUC of the first k rows                                          both classes among the first k
 ========== ================================================================ ======================================
 
-**Ties.** Rows with equal scores have no order: every order of them is equally likely, and ndcg@k, mrr, hr@k and recall@k are the
-means over these orders. So the order of the rows has no effect, and a constant score is worth as much as a random one. For auc@k
-rows that are tied at the k-th place weigh the share of them that has a place; in AUC a tied pair counts ½, as everywhere.
+**Ties.** Rows with equal scores have no order: every order of them is equally likely, and ndcg@k, mrr, hr@k and recall@k are
+the means over these orders. So the order of the rows has no effect, and a constant score is worth as much as a random one.
+For auc@k rows that are tied at the k-th place weigh the share of them that has a place; in AUC a tied pair counts ½, as
+everywhere.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +230,7 @@ def _same_buckets(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tup
 
 
 def _bucket_names(thresholds: Sequence[int]) -> list[str]:
-    if not thresholds or thresholds[0] < 1 or any(a >= b for a, b in zip(thresholds, thresholds[1:], strict=False)):
+    if not thresholds or thresholds[0] < 1 or any(a >= b for a, b in pairwise(thresholds)):
         raise DataError(f"thresholds are {list(thresholds)}; expected lengths that rise, from 1 or more")
     lows = [1, *(t + 1 for t in thresholds[:-1])]
     names = [str(high) if low == high else f"{low}-{high}" for low, high in zip(lows, thresholds, strict=True)]
@@ -268,7 +270,8 @@ def _reciprocal(
     n, p = n[run], p[run]
     log = _log_factorials(int(size_R.max()))
     chance = np.exp(log[n - x - 1] - log[p - 1] - log[n - p - x] - log[n] + log[p] + log[n - p])
-    return np.bincount(group_R[chosen][run], chance / (above_R[chosen][run] + x + 1), len(runs_G))
+    mean_G: Floats = np.bincount(group_R[chosen][run], chance / (above_R[chosen][run] + x + 1), len(runs_G)).astype(np.float64)
+    return mean_G
 
 
 def _auc(positive_R: Floats, negative_R: Floats, group_R: NDArray[np.intp], runs_G: NDArray[np.intp]) -> Floats:
@@ -278,4 +281,5 @@ def _auc(positive_R: Floats, negative_R: Floats, group_R: NDArray[np.intp], runs
     below_R = (until_R[runs_G] - negative_R[runs_G] + negative_G)[group_R] - until_R
     won_G = np.add.reduceat(positive_R * (below_R + negative_R / 2), runs_G)
     pairs_G = positive_G * negative_G
-    return np.divide(won_G, pairs_G, out=np.full_like(won_G, np.nan), where=pairs_G > 0)
+    auc_G: Floats = np.divide(won_G, pairs_G, out=np.full_like(won_G, np.nan), where=pairs_G > 0)
+    return auc_G

@@ -198,8 +198,8 @@ def evaluate(
     precision: Precision = "fp32",
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Metrics of the model over ``batches``: :func:`ctrlib.metrics.summarize`, or ``summarize_tasks`` for several labels; for one
-    label in groups also :func:`ctrlib.ranking_metrics.summarize_ranking`.
+    """Metrics of the model over ``batches``: :func:`ctrlib.metrics.summarize`, or ``summarize_tasks`` for several labels; for
+    one label in groups also :func:`ctrlib.ranking_metrics.summarize_ranking`.
 
     Args:
         model: ``Batch → Output``.

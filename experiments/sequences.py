@@ -110,11 +110,11 @@ class Sequences:
 
 
 _INTRO = """
-Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16, nothing is
-tuned. Training stops on validation rows by GAUC; the test rows are read once, after that. *dnn* reads histories as the mean of their
-vectors, *moe* too; *din* weighs them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive loss. AW-MoE is a reference
-design after the paper's abstract (its text was not at hand), so no figure here is the paper's. All figures are means over sessions,
-but AUC (over all rows) and GAUC (weighed by rows).
+Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16,
+nothing is tuned. Training stops on validation rows by GAUC; the test rows are read once, after that. *dnn* reads histories as
+the mean of their vectors, *moe* too; *din* weighs them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive
+loss. AW-MoE is a reference design after the paper's abstract (its text was not at hand), so no figure here is the paper's.
+All figures are means over sessions, but AUC (over all rows) and GAUC (weighed by rows).
 """
 
 

@@ -51,22 +51,22 @@ def parts(catalogue: data.Catalogue) -> data.Parts:
 
 
 def test_every_positive_has_one_place_at_most(catalogue: data.Catalogue, parts: data.Parts) -> None:
-    kind_P = parts.kind_I[catalogue.item_P]
-    together = sum(part.astype(int) for part in (parts.train, parts.valid, parts.test, parts.cold_users))
+    kind_P = parts.kind[catalogue.liked]
+    together = np.sum([parts.train, parts.valid, parts.test, parts.cold_users], axis=0)
     assert set(together.tolist()) <= {0, 1}
-    cold_users = set(catalogue.user_P[parts.cold_users].tolist())
+    cold_users = set(catalogue.liker[parts.cold_users].tolist())
     assert len(cold_users) == 6
-    assert not cold_users & set(catalogue.user_P[parts.train | parts.valid | parts.test].tolist())
+    assert not cold_users & set(catalogue.liker[parts.train | parts.valid | parts.test].tolist())
     assert set(kind_P[together == 0].tolist()) == {"few", "cold", "check"}  # of cold users
 
 
 def test_cold_items_are_not_learned_from(catalogue: data.Catalogue, parts: data.Parts) -> None:
-    kind_P = parts.kind_I[catalogue.item_P]
-    assert [(parts.kind_I == kind).sum() for kind in ("cold", "few", "check")] == [8, 8, 4]
+    kind_P = parts.kind[catalogue.liked]
+    assert [(parts.kind == kind).sum() for kind in ("cold", "few", "check")] == [8, 8, 4]
     assert set(kind_P[parts.train].tolist()) == {"warm", "few"}
     assert set(kind_P[parts.valid].tolist()) == {"warm", "check"}
     assert set(kind_P[parts.test].tolist()) == {"warm", "few", "cold"}
-    few = catalogue.item_P[parts.train & (kind_P == "few")]
+    few = catalogue.liked[parts.train & (kind_P == "few")]
     assert np.bincount(few)[np.unique(few)].tolist() == [5] * 8
     warm = kind_P == "warm"
     assert (parts.test & warm).sum() == pytest.approx(0.1 * (parts.train | parts.valid | parts.test)[warm].sum(), rel=0.3)
@@ -74,9 +74,9 @@ def test_cold_items_are_not_learned_from(catalogue: data.Catalogue, parts: data.
 
 def test_seeds_cut_anew(catalogue: data.Catalogue, parts: data.Parts) -> None:
     again, other = data.split(catalogue, 0), data.split(catalogue, 1)
-    assert (again.kind_I == parts.kind_I).all()
+    assert (again.kind == parts.kind).all()
     assert (again.train == parts.train).all()
-    assert (other.kind_I != parts.kind_I).any()
+    assert (other.kind != parts.kind).any()
 
 
 def test_negatives_are_known_to_be_none(catalogue: data.Catalogue, parts: data.Parts) -> None:
@@ -84,7 +84,7 @@ def test_negatives_are_known_to_be_none(catalogue: data.Catalogue, parts: data.P
     item_of = {name: i for i, name in enumerate(catalogue.items["movie_id"].to_pylist())}
     user_of = {name: i for i, name in enumerate(catalogue.users["user_id"].to_pylist())}
     likes = {
-        name: set(zip(catalogue.user_P[p].tolist(), catalogue.item_P[p].tolist(), strict=True))
+        name: set(zip(catalogue.liker[p].tolist(), catalogue.liked[p].tolist(), strict=True))
         for name, p in (("train", parts.train), ("valid", parts.train | parts.valid))
     }
     for name, table in tables.items():
@@ -96,10 +96,10 @@ def test_negatives_are_known_to_be_none(catalogue: data.Catalogue, parts: data.P
         assert label.sum() == getattr(parts, name).sum()
         assert len(negatives) > 0.9 * data.NEGATIVES * label.sum()
         assert not likes[name] & set(negatives)
-        kinds = set(parts.kind_I[[item for _, item in pairs]].tolist())
+        kinds = set(parts.kind[[item for _, item in pairs]].tolist())
         assert kinds == ({"warm", "few"} if name == "train" else {"warm", "few", "check"})
     groups = tables["valid"]["group"].to_numpy()
-    cold = np.array([parts.kind_I[item_of[i]] == "check" for i in tables["valid"]["movie_id"].to_pylist()])
+    cold = np.array([parts.kind[item_of[i]] == "check" for i in tables["valid"]["movie_id"].to_pylist()])
     assert (groups % 2 == cold).all()
 
 
@@ -110,13 +110,13 @@ def test_places_equal_a_loop(catalogue: data.Catalogue, parts: data.Parts, disti
     found = ranking.evaluate(lambda users: scores[users], catalogue, parts, 1000, 0)
     assert list(found) == list(ranking.POOLS)
     for pool, metrics in found.items():
-        wanted = parts.cold_users if pool == "cold users" else parts.test & (parts.kind_I[catalogue.item_P] == pool)
+        wanted = parts.cold_users if pool == "cold users" else parts.test & (parts.kind[catalogue.liked] == pool)
         kind = "warm" if pool == "cold users" else pool
         hits, ndcg, mrr, recall = [], [], [], []
-        for user in np.unique(catalogue.user_P[wanted]).tolist():
-            liked = set(catalogue.item_P[catalogue.user_P == user].tolist())
-            others = [i for i in range(80) if parts.kind_I[i] == kind and i not in liked]
-            targets = catalogue.item_P[wanted & (catalogue.user_P == user)].tolist()
+        for user in np.unique(catalogue.liker[wanted]).tolist():
+            liked = set(catalogue.liked[catalogue.liker == user].tolist())
+            others = [i for i in range(80) if parts.kind[i] == kind and i not in liked]
+            targets = catalogue.liked[wanted & (catalogue.liker == user)].tolist()
             for target in targets:
                 above = sum(scores[user, i] > scores[user, target] for i in others)
                 tied = sum(scores[user, i] == scores[user, target] for i in others)
@@ -141,7 +141,7 @@ def test_places_equal_a_loop(catalogue: data.Catalogue, parts: data.Parts, disti
 
 def test_popularity_knows_nothing_of_cold_items(catalogue: data.Catalogue, parts: data.Parts) -> None:
     score = popularity(catalogue, parts, 0)
-    assert not score(np.arange(3))[:, parts.kind_I == "cold"].any()
+    assert not score(np.arange(3))[:, parts.kind == "cold"].any()
     metrics = ranking.evaluate(score, catalogue, parts, 1000, 0)["cold"]
     assert metrics["mrr"] > 0.1  # ties are shared, not lost
 
@@ -149,7 +149,7 @@ def test_popularity_knows_nothing_of_cold_items(catalogue: data.Catalogue, parts
 def test_the_nearest_content_is_that_of_the_item_itself(catalogue: data.Catalogue, parts: data.Parts) -> None:
     scores = content_knn(catalogue, parts, 0)(np.arange(60))
     assert scores.shape == (60, 80)
-    liked = catalogue.item_P[parts.train & (catalogue.user_P == 3)]
+    liked = catalogue.liked[parts.train & (catalogue.liker == 3)]
     assert scores[3, liked].mean() > scores[3].mean()
 
 
@@ -218,7 +218,7 @@ def test_the_committed_page_is_what_the_committed_results_make() -> None:
 @pytest.mark.skipif(not data.RAW.is_dir(), reason="no MovieLens data: set CTRLIB_DATA")
 def test_the_real_files() -> None:
     catalogue = data.read()
-    assert len(catalogue.user_P) == 575_281  # of four stars and more
+    assert len(catalogue.liker) == 575_281  # of four stars and more
     assert catalogue.users.num_rows == 6038
     assert catalogue.items.num_rows == 3533
     assert catalogue.items["title"][0].as_py() == ["toy", "story"]

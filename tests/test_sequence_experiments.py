@@ -81,5 +81,5 @@ def test_every_model_can_be_configured(name: str) -> None:
 def test_a_quick_look_does_not_mix_with_results(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--sessions is for a quick look"):
         sequences.main(GROCERY, None, ["--sessions", "10"])
-    with pytest.raises(ConfigError, match="did you mean 'din'"):
-        sequences.main(GROCERY, None, ["--models", "dinn", "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match="did you mean 'aw_moe'"):
+        sequences.main(GROCERY, None, ["--models", "awmoe", "--out", str(tmp_path)])

@@ -1,8 +1,8 @@
 """Adaptive fusion: one vector of several modalities, each row weighing them by what it holds.
 
-After the components that the abstract of Hu, An, Yu, Du & Luo (arXiv:2502.03664) names: re-weighting of key features, and fusion
-of user attributes, item information and context. The text of the paper could not be read, so the equations are our own and no
-figure of this block is the paper's.
+After the components that the abstract of Hu, An, Yu, Du & Luo (arXiv:2502.03664) names: re-weighting of key features, and
+fusion of user attributes, item information and context. The text of the paper could not be read, so the equations are our own
+and no figure of this block is the paper's.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class AdaptiveFusion(Interaction):
     """A modality is a group of fields; the row decides how much each field and each modality counts.
 
         σ    = sigmoid(MLP([mean(x_1), rms(x_1), …, mean(x_F), rms(x_F)]))
-        γ_f  = n_a σ_f / Σ_{g in a} σ_g                                          gates of the fields, over the n_a present ones
-        h_a  = Σ_{f in a} γ_f W_f x_f + b_a                                      modalities a = 1 … A, of width k
+        γ_f  = n_a σ_f / Σ_{g in a} σ_g            gates of the fields, over the n_a present ones
+        h_a  = Σ_{f in a} γ_f W_f x_f + b_a        modalities a = 1 … A, of width k
         α    = softmax over the present modalities of V tanh(U [h_1, …, h_A] + c)
         z    = LayerNorm(Σ_a α_a h_a)
 
-    Shape: [B, F, D] → [B, 1, k], field ``"adaptive_fusion"``; with ``output="modalities"`` [B, A, k] of α_a h_a under the names of
-    the modalities, for a block that follows. Parameters: F·D·k + A·k (W, b), A·k·n + n + n·A (U, c, V; n ``hidden_dim``), 2·k, and
-    the gates' 2F·n + n + n·F + F, where any modality has two fields.
+    Shape: [B, F, D] → [B, 1, k], field ``"adaptive_fusion"``; with ``output="modalities"`` [B, A, k] of α_a h_a under the
+    names of the modalities, for a block that follows. Parameters: F·D·k + A·k (W, b), A·k·n + n + n·A (U, c, V; n
+    ``hidden_dim``), 2·k, and the gates' 2F·n + n + n·F + F, where any modality has two fields.
 
-    The gates of a modality have a mean of 1, so that how much it counts is said by α alone; without that, a gate could close what
-    α leaves open. A modality of one field has no gate.
+    The gates of a modality have a mean of 1, so that how much it counts is said by α alone; without that, a gate could close
+    what α leaves open. A modality of one field has no gate.
 
     A field whose token is a zero vector (padding, an id that was dropped, an empty sequence) is absent. A modality without a
     present field has α = 0 and takes no part, so what stands in its place cannot move the others.
@@ -80,7 +80,8 @@ class AdaptiveFusion(Interaction):
         for name in owner:
             if name not in layout.names:
                 raise ConfigError(
-                    f"AdaptiveFusion.modalities names field {name!r}, which the block does not read{suggest(name, layout.names)}"
+                    f"AdaptiveFusion.modalities names field {name!r}, which the block does not read"
+                    f"{suggest(name, layout.names)}"
                 )
         names = list(dict.fromkeys(owner.get(name, name) for name in layout.names))
         of_F = [names.index(owner.get(name, name)) for name in layout.names]

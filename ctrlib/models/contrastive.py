@@ -1,7 +1,7 @@
 """A contrastive loss beside any CTRModel: two views of a row, made by leaving out fields, tell it from the other rows.
 
-After the outline in the abstract of "contrastive learning for cold-start recommendation with adaptive feature fusion" (Hu, An, Yu,
-Du & Luo, arXiv:2502.03664), whose text could not be read: views, weights and places of the losses are our own choice.
+After the outline in the abstract of "contrastive learning for cold-start recommendation with adaptive feature fusion" (Hu,
+An, Yu, Du & Luo, arXiv:2502.03664), whose text could not be read: views, weights and places of the losses are our own choice.
 
 NOTE[DIFF] the abstract also names a module that mines relations in a graph; there is none here.
 """
@@ -115,8 +115,8 @@ def check_encoder(what: str, block: Interaction) -> None:
     """Raise :class:`ConfigError` if a block that also scores whole rows cannot encode views."""
     if block.out.width == 1:
         raise ConfigError(
-            f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a block "
-            "that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
+            f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a "
+            "block that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
         )
     if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in block.modules()):
         raise ConfigError(
@@ -150,8 +150,8 @@ class Identity(nn.Module):
 class KnownIds(nn.Module):
     """Ids that say nothing become padding, whose token is a zero vector: those unseen in training, and dropped ones.
 
-    So a cold user or item reads no row of its table, neither a stranger's nor the OOV row, and the model has learned in training
-    to do without.
+    So a cold user or item reads no row of its table, neither a stranger's nor the OOV row, and the model has learned in
+    training to do without.
 
     Args:
         fields: sparse fields of ids.
@@ -261,8 +261,8 @@ def contrastive(
     """
     if type(model) is not CTRModel.Config:
         raise ConfigError(
-            f"the model is a {type(model).component.__name__}; expected a CTRModel (dnn, deepfm, dcnv2, autoint, …), whose tokens "
-            "can be left out one by one"
+            f"the model is a {type(model).component.__name__}; expected a CTRModel (dnn, deepfm, dcnv2, autoint, …), whose "
+            "tokens can be left out one by one"
         )
     return ContrastiveModel.Config(
         embedding=model.embedding,

@@ -1,7 +1,7 @@
 """Two towers: the score of a user and an item is a product of two vectors, each made of the fields of its own side.
 
-The scorer of the cold-start reconstruction (see :mod:`ctrlib.models.contrastive`): with content beside the ids, an item without a
-single click has a vector too, and every item of a catalogue is scored by one matrix product.
+The scorer of the cold-start reconstruction (see :mod:`ctrlib.models.contrastive`): with content beside the ids, an item
+without a single click has a vector too, and every item of a catalogue is scored by one matrix product.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ctrlib.schema import BatchLayout, FieldLayout, suggest
 class TwoTower(ModelComponent):
     """logit = ⟨z_u, z_v⟩ / √k + b, with z_u = user_tower(tokens of the user) and z_v = item_tower(tokens of the item).
 
-    Shape: Batch → Output(logits [B]). z are the flattened outputs of the towers, of one width k. In training there are up to three
-    auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side (:class:`.Contrast`), and
-    ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch. There, rows of the same user or of the
-    same item are no negatives.
+    Shape: Batch → Output(logits [B]). z are the flattened outputs of the towers, of one width k. In training there are up to
+    three auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side
+    (:class:`.Contrast`), and ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch. There, rows
+    of the same user or of the same item are no negatives.
 
     NOTE[DIFF] the negatives of ``contrastive_cross`` come as often as they are clicked; there is no correction by −ln p(v), for
     which the model would have to know how often that is.

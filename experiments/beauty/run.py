@@ -1,7 +1,7 @@
 """AW-MoE and its baselines on Amazon Beauty: ``python -m experiments.beauty.run`` (heavy: five models, five seeds).
 
-Writes a JSON for every model and seed into ``results/``, the tables, README.md, and a plot. What is there already is not run again,
-so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/s3rec-beauty`` (default ``../shared/data``).
+Writes a JSON for every model and seed into ``results/``, the tables, README.md, and a plot. What is there already is not run
+again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/s3rec-beauty`` (default ``../shared/data``).
 """
 
 from __future__ import annotations

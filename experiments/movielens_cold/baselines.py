@@ -35,8 +35,8 @@ def content_knn(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     A user without any has the score of all training positives together: likeness to the average liked item.
     """
     like_II, count_I = _likeness(catalogue), _counts(catalogue, parts)
-    order = np.argsort(catalogue.user_P[parts.train], kind="stable")
-    user_T, item_T = catalogue.user_P[parts.train][order], catalogue.item_P[parts.train][order]
+    order = np.argsort(catalogue.liker[parts.train], kind="stable")
+    user_T, item_T = catalogue.liker[parts.train][order], catalogue.liked[parts.train][order]
 
     def score(users: Ints) -> Floats:
         found = np.empty((len(users), len(like_II)))
@@ -67,7 +67,7 @@ def lightgbm(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     rng = np.random.default_rng([seed, 4])
     genre_IG, year_I = _genres(catalogue), np.array([int(year[:4]) for year in catalogue.items["release_year"].to_pylist()])
     share_IG = genre_IG / genre_IG.sum(1, keepdims=True)
-    user_T, item_T = catalogue.user_P[parts.train], catalogue.item_P[parts.train]
+    user_T, item_T = catalogue.liker[parts.train], catalogue.liked[parts.train]
     liked_UG = np.zeros((catalogue.users.num_rows, genre_IG.shape[1]))
     np.add.at(liked_UG, user_T, share_IG[item_T])
     profile_UC = np.stack(
@@ -108,7 +108,7 @@ BASELINES = {
 
 
 def _counts(catalogue: Catalogue, parts: Parts) -> Floats:
-    return np.bincount(catalogue.item_P[parts.train], minlength=catalogue.items.num_rows).astype(np.float64)
+    return np.bincount(catalogue.liked[parts.train], minlength=catalogue.items.num_rows).astype(np.float64)
 
 
 def _genres(catalogue: Catalogue) -> Floats:
@@ -130,4 +130,5 @@ def _likeness(catalogue: Catalogue) -> Floats:
     hot = np.concatenate(columns, axis=1)
     hot = hot * np.log(len(hot) / np.maximum(hot.sum(0), 1))
     hot /= np.maximum(np.linalg.norm(hot, axis=1, keepdims=True), 1e-9)
-    return hot @ hot.T
+    like_II: Floats = hot @ hot.T
+    return like_II

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, prepare
-from ctrlib.schema import Schema, SequenceField, SparseField
+from ctrlib.schema import Field, Schema, SequenceField, SparseField
 from datasets import movielens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,19 +42,19 @@ class Catalogue:
 
     users: pa.Table
     items: pa.Table
-    user_P: Ints
-    item_P: Ints
+    liker: Ints
+    liked: Ints
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which positives are for what. ``kind_I`` of every item is ``warm``, ``few``, ``cold`` or ``check`` (cold, validation).
+    """Which positives are for what. ``kind`` of every item is ``warm``, ``few``, ``cold`` or ``check`` (cold, validation).
 
     ``train``, ``valid`` and ``test`` select positives of users that are not cold; ``cold_users`` those of cold users and warm
     items, which are for test too.
     """
 
-    kind_I: npt.NDArray[np.str_]
+    kind: npt.NDArray[np.str_]
     train: Bools
     valid: Bools
     test: Bools
@@ -78,16 +78,16 @@ def read(folder: Path = RAW) -> Catalogue:
 
 def sample(catalogue: Catalogue, positives: int, seed: int = 0) -> Catalogue:
     """So many random positives, with their users and items: for a quick look."""
-    chosen = np.random.default_rng(seed).permutation(len(catalogue.user_P))[:positives]
-    users, user_P = np.unique(catalogue.user_P[chosen], return_inverse=True)
-    items, item_P = np.unique(catalogue.item_P[chosen], return_inverse=True)
+    chosen = np.random.default_rng(seed).permutation(len(catalogue.liker))[:positives]
+    users, user_P = np.unique(catalogue.liker[chosen], return_inverse=True)
+    items, item_P = np.unique(catalogue.liked[chosen], return_inverse=True)
     return Catalogue(catalogue.users.take(users), catalogue.items.take(items), user_P, item_P)
 
 
 def split(catalogue: Catalogue, seed: int) -> Parts:
     """Cut the positives; only random numbers of ``seed`` decide."""
     rng = np.random.default_rng([seed, 1])
-    user_P, item_P = catalogue.user_P, catalogue.item_P
+    user_P, item_P = catalogue.liker, catalogue.liked
     num_items, num_users = catalogue.items.num_rows, catalogue.users.num_rows
     kind_I = np.full(num_items, "warm", dtype="<U5")
     order, first = rng.permutation(num_items), 0
@@ -125,12 +125,12 @@ def rows(catalogue: Catalogue, parts: Parts, seed: int) -> Mapping[str, pa.Table
     """
     rng = np.random.default_rng([seed, 2])
     num_items = catalogue.items.num_rows
-    user_P, item_P = catalogue.user_P, catalogue.item_P
+    user_P, item_P = catalogue.liker, catalogue.liked
     code_P = user_P * num_items + item_P
     learned = np.unique(item_P[parts.train])
     pools = {"train": [(parts.train, learned)]}
-    check_P = parts.kind_I[item_P] == "check"
-    check = np.flatnonzero(parts.kind_I == "check")
+    check_P = parts.kind[item_P] == "check"
+    check = np.flatnonzero(parts.kind == "check")
     pools["valid"] = [(parts.valid & ~check_P, learned), (parts.valid & check_P, check)]
     tables: dict[str, pa.Table] = {}
     for name, wanted in pools.items():
@@ -153,7 +153,7 @@ def rows(catalogue: Catalogue, parts: Parts, seed: int) -> Mapping[str, pa.Table
             labels += [np.ones(len(positive), dtype=np.int8), np.zeros(int(fine.sum()), dtype=np.int8)]
         user, item = np.concatenate(users), np.concatenate(items)
         tables[name] = table(
-            catalogue, user, item, label=np.concatenate(labels), group=2 * user + (parts.kind_I[item] == "check")
+            catalogue, user, item, label=np.concatenate(labels), group=2 * user + (parts.kind[item] == "check")
         )
     return tables
 
@@ -167,8 +167,8 @@ def table(catalogue: Catalogue, user: Ints, item: Ints, **more: npt.NDArray[Any]
 
 def schema() -> Schema:
     """The fields of :func:`table`."""
-    context = [SparseField(name=name, side="context") for name in USER_FIELDS]
-    bags = [SequenceField(name="genres"), SequenceField(name="title", min_count=2)]
+    context: list[Field] = [SparseField(name=name, side="context") for name in USER_FIELDS]
+    bags: list[Field] = [SequenceField(name="genres"), SequenceField(name="title", min_count=2)]
     fields = (*context, SparseField(name="movie_id"), SparseField(name="release_year"), *bags)
     return Schema(fields=fields, labels=("label",), group="group")
 

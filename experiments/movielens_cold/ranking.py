@@ -31,25 +31,25 @@ def evaluate(score: Score, catalogue: Catalogue, parts: Parts, users: int, seed:
     for number, pool in enumerate(POOLS):
         rng = np.random.default_rng([seed, 3, number])
         kind = "warm" if pool == "cold users" else pool
-        wanted = parts.cold_users if pool == "cold users" else parts.test & (parts.kind_I[catalogue.item_P] == kind)
-        asked = rng.permutation(np.unique(catalogue.user_P[wanted]))[:users]
+        wanted = parts.cold_users if pool == "cold users" else parts.test & (parts.kind[catalogue.liked] == kind)
+        asked = rng.permutation(np.unique(catalogue.liker[wanted]))[:users]
         if len(asked):
-            found[pool] = _pool(score, catalogue, wanted, parts.kind_I == kind, np.sort(asked), rng)
+            found[pool] = _pool(score, catalogue, wanted, parts.kind == kind, np.sort(asked), rng)
     return found
 
 
 def _pool(
     score: Score, catalogue: Catalogue, wanted_P: Bools, pool_I: Bools, users: Ints, rng: np.random.Generator
 ) -> dict[str, float]:
-    order = np.argsort(catalogue.user_P, kind="stable")
-    bounds = np.searchsorted(catalogue.user_P[order], [users, users + 1])
+    order = np.argsort(catalogue.liker, kind="stable")
+    bounds = np.searchsorted(catalogue.liker[order], [users, users + 1])
     above, tied, others, recall = [], [], [], []
     for chunk in np.array_split(np.arange(len(users)), max(len(users) // 64, 1)):
         for i, score_I in zip(chunk.tolist(), score(users[chunk]), strict=True):
             liked = order[bounds[0, i] : bounds[1, i]]
-            target = catalogue.item_P[liked[wanted_P[liked]]]
+            target = catalogue.liked[liked[wanted_P[liked]]]
             free_I = pool_I.copy()
-            free_I[catalogue.item_P[liked]] = False
+            free_I[catalogue.liked[liked]] = False
             mine, rest = score_I[target], np.sort(score_I[free_I])
             above.append(len(rest) - np.searchsorted(rest, mine, "right"))
             tied.append(np.searchsorted(rest, mine, "right") - np.searchsorted(rest, mine))

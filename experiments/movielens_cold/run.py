@@ -104,26 +104,27 @@ ORDER = (*BASELINES, *MODELS)
 INTRO = """# Cold items and cold users of MovieLens-1M
 
 `python -m experiments.movielens_cold.run`. Four stars or more are a positive. Of the items with a positive, 10 % are cold (no
-training row has them), 10 % have few training positives (at most 5), 5 % are cold for validation; of the users 10 % are cold. Of the
-other interactions with warm items 10 % are for test and 10 % for validation; the data at hand has no times. Five seeds: each cuts
-the data anew and starts every model anew.
+training row has them), 10 % have few training positives (at most 5), 5 % are cold for validation; of the users 10 % are cold.
+Of the other interactions with warm items 10 % are for test and 10 % for validation; the data at hand has no times. Five
+seeds: each cuts the data anew and starts every model anew.
 
-Training rows are the positives and four random items for each, drawn alike from the items with a training positive; validation
-rows, on which training stops by GAUC, are made the same way from held-out interactions with warm items and from those with the
-items that are cold for validation. Test interactions are looked at once, after that.
+Training rows are the positives and four random items for each, drawn alike from the items with a training positive;
+validation rows, on which training stops by GAUC, are made the same way from held-out interactions with warm items and from
+those with the items that are cold for validation. Test interactions are looked at once, after that.
 
-Every test interaction is a query: its item against all items of its pool that the user likes in no row. The figures are means over
-queries of at most {users:,} random users of each pool, then mean ± standard deviation over seeds. `recall@10` is a mean over users,
-all of whose test items compete; `hr@10 of 101` is against 100 random items of the pool. Tied scores share their places.
+Every test interaction is a query: its item against all items of its pool that the user likes in no row. The figures are means
+over queries of at most {users:,} random users of each pool, then mean ± standard deviation over seeds. `recall@10` is a mean
+over users, all of whose test items compete; `hr@10 of 101` is against 100 random items of the pool. Tied scores share their
+places.
 
-The models: *popularity* counts training positives, so cold items tie; *content_popularity* is the mean of that over the twenty
-items with the most similar content; *content_knn* and *lightgbm* read content only; *mf* reads ids only; *deepfm* reads all, with
-unseen ids as padding. *two_tower* is adaptive fusion of the fields of each side and a product; *id_dropout* drops ids in training
-with a chance of .4; *contrastive* adds InfoNCE between views of each side, *contrastive_cross* also between users and items they
-clicked, and *contrastive_no_fusion* has an MLP for a tower.
+The models: *popularity* counts training positives, so cold items tie; *content_popularity* is the mean of that over the
+twenty items with the most similar content; *content_knn* and *lightgbm* read content only; *mf* reads ids only; *deepfm*
+reads all, with unseen ids as padding. *two_tower* is adaptive fusion of the fields of each side and a product; *id_dropout*
+drops ids in training with a chance of .4; *contrastive* adds InfoNCE between views of each side, *contrastive_cross* also
+between users and items they clicked, and *contrastive_no_fusion* has an MLP for a tower.
 
-Fusion and losses are our reconstruction of what the abstract of arXiv:2502.03664 names, whose text could not be read. Nothing here
-is to be compared with figures of that paper, and nothing is tuned.
+Fusion and losses are our reconstruction of what the abstract of arXiv:2502.03664 names, whose text could not be read. Nothing
+here is to be compared with figures of that paper, and nothing is tuned.
 """
 
 

@@ -108,7 +108,7 @@ def test_a_view_keeps_a_field_that_is_present() -> None:
 def test_feature_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
     seen = view(torch.ones(2000, 3, 8), torch.zeros(3), 0.2)
-    assert seen.unique().tolist() == pytest.approx([0.0, 1.25])
+    assert sorted(set(seen.flatten().tolist())) == pytest.approx([0.0, 1.25])
     assert float(seen.mean()) == pytest.approx(1, abs=0.02)
 
 
@@ -202,7 +202,7 @@ class TestKnownIds:
         model.train()(batch).logits.sum().backward()  # type: ignore[no-untyped-call]
         (table,) = (p for name, p in model.named_parameters() if "tables" in name)
         assert table.grad is not None
-        first = model.embedding.tables[0].first_row["item"]  # type: ignore[union-attr,operator,index]
+        first = model.embedding.tables[0].first_row["item"]  # type: ignore[index]
         assert not table.grad[first : first + 12].any()
         assert table.grad.any()
 
@@ -227,7 +227,7 @@ class TestKnownIds:
     def test_errors(self) -> None:
         with pytest.raises(ConfigError, match=r"id_fields names 'price', which is no sparse field"):
             make(replace(self.CONFIG, id_fields=("price",)))
-        with pytest.raises(ConfigError, match="id_dropout is 0.4, but id_fields is empty"):
+        with pytest.raises(ConfigError, match=r"id_dropout is 0\.4, but id_fields is empty"):
             make(replace(self.CONFIG, id_fields=(), id_dropout=0.4))
         with pytest.raises(ConfigError, match=r"id_dropout is 1\.0"):
             make(replace(self.CONFIG, id_dropout=1.0))

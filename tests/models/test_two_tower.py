@@ -131,9 +131,9 @@ def test_errors() -> None:
         tower(replace(CONFIG, user_tower=AdaptiveFusion.Config(dim=8)))
     with pytest.raises(ConfigError, match="the data has 2 labels"):
         tower(layout=replace(LAYOUT, labels=("click", "buy")))
+    plain, normed = MLP.Config(hidden_units=(16,)), MLP.Config(hidden_units=(16,), norm="batch")
     with pytest.raises(ConfigError, match=r"item_tower \(MLP\) has batch norms"):
-        blocks = MLP.Config(hidden_units=(16,)), MLP.Config(hidden_units=(16,), norm="batch")
-        tower(replace(CONFIG, user_tower=blocks[0], item_tower=blocks[1], contrast=ContrastConfig()))
+        tower(replace(CONFIG, user_tower=plain, item_tower=normed, contrast=ContrastConfig()))
     with pytest.raises(ConfigError, match=r"cross_weight is -1"):
         replace(CONFIG, cross_weight=-1.0)
 
@@ -147,7 +147,7 @@ PLANTED = BatchLayout(
 
 
 def planted() -> tuple[Any, Any, Batch]:
-    """Genre of every item, likes [USERS, ITEMS], and training rows: a quarter of the likes of warm items, two negatives each."""
+    """Genre of every item, likes [USERS, ITEMS], training rows: a quarter of the likes of warm items, with two negatives."""
     rng = np.random.default_rng(0)
     genre = rng.integers(0, GENRES, ITEMS)
     taste = np.array([np.isin(np.arange(GENRES), rng.choice(GENRES, 3, replace=False)) for _ in range(USERS)])
@@ -176,7 +176,7 @@ def cold_hit_rate(config: ModelComponent.Config, rows_of: Batch, genre: Any, lik
     assert rows_of.labels is not None
     ragged = rows_of.sequences["genre"]
     for _ in range(4):
-        for chosen in torch.randperm(len(rows_of)).split(512):
+        for chosen in torch.randperm(len(rows_of)).split(512):  # type: ignore[no-untyped-call]
             part = Batch(
                 sparse=rows_of.sparse[chosen],
                 dense=rows_of.dense[chosen],
@@ -190,7 +190,9 @@ def cold_hit_rate(config: ModelComponent.Config, rows_of: Batch, genre: Any, lik
     with torch.no_grad():
         scores = model.eval()(batch_of(users, items, genre)).logits.numpy().reshape(USERS, COLD)
     mine = likes[:, ITEMS - COLD :]
-    target, group, label = [], [], []
+    target: list[Any] = []
+    group: list[Any] = []
+    label: list[Any] = []
     for user in range(USERS):
         for item in np.flatnonzero(mine[user])[:3]:
             pool = np.append(np.flatnonzero(~mine[user]), item)
