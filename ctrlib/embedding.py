@@ -31,8 +31,8 @@ class Behaviours:
     ``x_NAD[offsets_B1[b]:offsets_B1[b + 1]]`` (``offsets_B1`` [B + 1] int32). :mod:`ctrlib.ragged` has the arithmetic.
     """
 
-    x_NAD: Tensor
-    offsets_B1: Tensor
+    x_NAD: Tensor  # noqa: N815 (a shape suffix)
+    offsets_B1: Tensor  # noqa: N815
 
 
 class FeatureEmbedding(Component, nn.Module):
@@ -41,8 +41,8 @@ class FeatureEmbedding(Component, nn.Module):
     * sparse field: the row of its value, e_i = V_i x_i;
     * number: e = x·v with one learned vector v per field (AutoInt, arXiv:1810.11921); a missing number has a vector of its own;
     * piecewise number: e = Σ_t clamp(p − t, 0, 1)·w_t + b over the bins t, p the position among them (arXiv:2203.05556);
-    * sequence: mean, sum or max of the rows of its values; an empty one is a zero vector. A model that reads the behaviours of a
-      history itself (:meth:`behaviours`, :meth:`targets`) names it in ``unpooled``: then its attributes have no token.
+    * sequence: mean, sum or max of the rows of its values; an empty one is a zero vector. A model that reads the behaviours of
+      a history itself (:meth:`behaviours`, :meth:`targets`) names it in ``unpooled``: then its attributes have no token.
 
     All vocabularies of one width share one table, in which each owns a range of rows. Padding (id 0) is a zero vector and never
     trained. Token order: sparse fields, numbers, piecewise numbers, sequences; :attr:`out` has the names.
@@ -99,16 +99,19 @@ class FeatureEmbedding(Component, nn.Module):
                 )
         if not wanted:
             raise ConfigError("the embedding has no field to read; expected at least one in the data and in embedding.fields")
-        names_of = {c.name: tuple(zip(c.fields, c.targets, strict=True)) for c in layout.histories}
+        self._attributes = {c.name: tuple(name for name in c.fields if name in wanted) for c in layout.histories}
+        self._targets = {
+            c.name: [(name, t) for name, t in zip(c.fields, c.targets, strict=True) if name in wanted and t is not None]
+            for c in layout.histories
+        }
         for name in unpooled:
-            if name not in names_of:
-                raise ConfigError(f"the model reads history {name!r}, which the data lacks{suggest(name, names_of)}")
-        self._histories = {name: [pair for pair in pairs if pair[0] in wanted] for name, pairs in names_of.items()}
-        silent = {attribute for name in unpooled for attribute, _ in self._histories[name]}
+            if name not in self._attributes:
+                raise ConfigError(f"the model reads history {name!r}, which the data lacks{suggest(name, self._attributes)}")
+        silent = {attribute for name in unpooled for attribute in self._attributes[name]}
         if silent == set(wanted):
             raise ConfigError(
-                f"the embedding has no token: all its fields are of histories that the model reads itself ({', '.join(unpooled)}); "
-                "expected another field in the data and in embedding.fields"
+                "the embedding has no token: all its fields are of histories that the model reads itself "
+                f"({', '.join(unpooled)}); expected another field in the data and in embedding.fields"
             )
 
         # Frozen vocabularies get a table each; the others one per width.
@@ -154,11 +157,11 @@ class FeatureEmbedding(Component, nn.Module):
         Raises:
             ConfigError: the data has no such history, or no attribute of it is among ``fields``.
         """
-        pairs = self._histories.get(history)
-        if not pairs:
-            known = [name for name, attributes in self._histories.items() if attributes]
+        names = self._attributes.get(history)
+        if not names:
+            known = [name for name, attributes in self._attributes.items() if attributes]
             raise ConfigError(f"the embedding reads no history {history!r}{suggest(history, known)}")
-        return FieldLayout(tuple(name for name, _ in pairs), self.config.dim)
+        return FieldLayout(names, self.config.dim)
 
     def behaviours(self, batch: Batch, history: str) -> Behaviours:
         """Every behaviour of a history, one row an attribute, from the tables that tokens come from. Nothing is padded.
@@ -176,7 +179,7 @@ class FeatureEmbedding(Component, nn.Module):
             flat = [name for name in mine if batch.sequences[name].inner is None]
             if flat:
                 x_NAD = table.read([batch.sequences[name].values for name in flat], flat)
-                parts |= zip(flat, x_NAD.split(1, dim=1), strict=True) if len(flat) < len(names) else {"": x_NAD}
+                parts |= zip(flat, torch.split(x_NAD, 1, dim=1), strict=True) if len(flat) < len(names) else {"": x_NAD}
             for name in mine:
                 if (inner := batch.sequences[name].inner) is not None:
                     parts[name] = table.bags(batch.sequences[name].values, inner, name).unsqueeze(1)
@@ -193,19 +196,19 @@ class FeatureEmbedding(Component, nn.Module):
             ConfigError: see :meth:`attributes`.
         """
         names = self.attributes(history).names
-        target_of = dict(self._histories[history])
-        zero_B1D = batch.dense.new_zeros(len(batch), 1, self.config.dim)
+        zero_B1D = batch.dense.new_zeros(batch.sparse.shape[0], 1, self.config.dim)  # not len(), a constant when exported
         parts = dict.fromkeys(names, zero_B1D)
         for table in self._tables:
-            sparse = {name: t for name in names if (t := target_of[name]) in table.sparse_names}
-            if sparse:
-                ids = [batch.sparse[:, table.sparse_at[t]] for t in sparse.values()]
-                parts |= zip(sparse, table.read(ids, list(sparse.values())).split(1, dim=1), strict=True)
-            for name in names:
-                t = target_of[name]
-                if t is not None and t in table.places and t not in table.sparse_names:
-                    bag = batch.sequences[t].flat
-                    parts[name] = table.bags(bag.values, bag.offsets, t).unsqueeze(1)
+            mine = [(name, target) for name, target in self._targets[history] if target in table.places]
+            single = [(name, target) for name, target in mine if target in table.sparse_at]
+            if single:
+                ids = [batch.sparse[:, table.sparse_at[target]] for _, target in single]
+                x_BAD = table.read(ids, [target for _, target in single])
+                parts |= zip([name for name, _ in single], torch.split(x_BAD, 1, dim=1), strict=True)
+            for name, target in mine:
+                if target not in table.sparse_at:
+                    bag = batch.sequences[target].flat
+                    parts[name] = table.bags(bag.values, bag.offsets, target).unsqueeze(1)
         return F.dropout(torch.cat([parts[name] for name in names], dim=1), self.config.dropout, self.training)
 
     @property

@@ -1,4 +1,4 @@
-"""Arithmetic on sequences without padding: N tokens of B rows one after another, row b from ``offsets[b]`` to ``offsets[b + 1]``.
+"""Arithmetic on sequences without padding: N tokens of B rows one after another, row b from ``offsets[b]`` on.
 
 Memory is proportional to N, the tokens that are there; :func:`to_padded` alone is not. All functions but it and :func:`longest`
 compile without graph breaks and export with dynamic N and B. An empty row has the sum, mean and maximum 0.
@@ -8,7 +8,7 @@ Shape letters: B rows, N tokens, L the longest row; ``*`` any further axes.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,10 @@ def segment_ids(offsets_B1: Tensor, num_tokens: int) -> Tensor:
     Returns:
         [N] int64.
     """
-    # Counting the rows that begin at or before a token needs no size that only the values know, unlike repeat_interleave.
-    inner = offsets_B1[1:-1].long()
-    begins = torch.zeros(num_tokens + 1, dtype=torch.int64, device=offsets_B1.device)
-    return begins.index_add(0, inner, torch.ones_like(inner))[:num_tokens].cumsum(0)
+    # Counting the rows that end at or before a token needs no size that only the values know, unlike repeat_interleave.
+    ends_B = offsets_B1[1:].long()
+    count = torch.zeros(num_tokens + 1, dtype=torch.int64, device=offsets_B1.device)
+    return count.index_add(0, ends_B, torch.ones_like(ends_B))[:num_tokens].cumsum(0)
 
 
 def positions(offsets_B1: Tensor, rows_N: Tensor) -> Tensor:
@@ -43,19 +43,23 @@ def positions(offsets_B1: Tensor, rows_N: Tensor) -> Tensor:
 
 
 def expand(x_B: Tensor, rows_N: Tensor) -> Tensor:
-    """The value of its row for every token. Shape: [B, *], [N] → [N, *]."""
-    # The gradient of an embedding lookup adds up in a fixed order, also on a GPU; that of index_select does not there.
-    return F.embedding(rows_N, _matrix(x_B)).reshape(rows_N.shape[0], *x_B.shape[1:])
+    """The value of its row for every token. ``rows_N`` are :func:`segment_ids`. Shape: [B, *], [N] → [N, *]."""
+    apply: Any = _Expand.apply
+    return cast(Tensor, apply(x_B, rows_N))
 
 
 def segment_sum(x_N: Tensor, offsets_B1: Tensor, weight_N: Tensor | None = None) -> Tensor:
     """The sum of the tokens of every row, each times its weight if there are weights. Shape: [N, *], [B + 1], [N] → [B, *]."""
-    return _bags(x_N, offsets_B1, "sum", weight_N)
+    if weight_N is not None:
+        x_N = x_N * weight_N.reshape(-1, *[1] * (x_N.dim() - 1))
+    apply: Any = _Sum.apply
+    return cast(Tensor, apply(x_N, offsets_B1))
 
 
 def segment_mean(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
     """The mean of the tokens of every row. Shape: [N, *], [B + 1] → [B, *]."""
-    return _bags(x_N, offsets_B1, "mean")
+    total_B = segment_sum(x_N, offsets_B1)
+    return total_B / lengths(offsets_B1).clamp(min=1).reshape(-1, *[1] * (x_N.dim() - 1))
 
 
 def segment_max(x_N: Tensor, offsets_B1: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def to_padded(x_N: Tensor, offsets_B1: Tensor, rows_N: Tensor, length: int | Non
     size = longest(offsets_B1) if length is None else length
     count = offsets_B1.shape[0] - 1
     place_N = rows_N * size + positions(offsets_B1, rows_N)
-    block = x_N.new_zeros(count * size, *x_N.shape[1:]).index_copy(0, place_N, x_N)
+    block = x_N.new_zeros(count * size, *x_N.shape[1:]).index_copy_(0, place_N, x_N)
     there_BL = torch.arange(size, device=x_N.device) < lengths(offsets_B1).unsqueeze(1)
     return block.reshape(count, size, *x_N.shape[1:]), there_BL
 
@@ -114,8 +118,37 @@ def _matrix(x: Tensor) -> Tensor:
     return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
-def _bags(x_N: Tensor, offsets_B1: Tensor, mode: str, weight_N: Tensor | None = None) -> Tensor:
-    """Sum, mean or maximum over rows, as bags of an embedding table that is the tokens: the order of the sum is fixed."""
+def _bags(x_N: Tensor, offsets_B1: Tensor, mode: str) -> Tensor:
+    """Sum or maximum over rows, as bags of an embedding table that is the tokens: in a fixed order, also on a GPU."""
     at_N = torch.arange(x_N.shape[0], device=x_N.device, dtype=offsets_B1.dtype)
-    pooled = F.embedding_bag(at_N, _matrix(x_N), offsets_B1, mode=mode, per_sample_weights=weight_N, include_last_offset=True)
-    return cast(Tensor, pooled).reshape(offsets_B1.shape[0] - 1, *x_N.shape[1:])
+    pooled = F.embedding_bag(at_N, _matrix(x_N), offsets_B1, mode=mode, include_last_offset=True)
+    return pooled.reshape(offsets_B1.shape[0] - 1, *x_N.shape[1:])
+
+
+# The gradient of a sum is an expansion and that of an expansion a sum. Those of torch's own functions sort the ids first
+# (embedding bags), or add up in no fixed order on a GPU (index_select).
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, offsets_B1: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets_B1)
+        ctx.num_tokens = x_N.shape[0]
+        return _bags(x_N, offsets_B1, "sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (offsets_B1,) = ctx.saved_tensors
+        return expand(grads[0], segment_ids(offsets_B1, ctx.num_tokens)), None
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor, rows_N: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_N)
+        ctx.num_rows = x_B.shape[0]
+        return x_B.index_select(0, rows_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows_N,) = ctx.saved_tensors
+        offsets_B1 = torch.searchsorted(rows_N, torch.arange(ctx.num_rows + 1, device=rows_N.device))
+        return segment_sum(grads[0].contiguous(), offsets_B1), None

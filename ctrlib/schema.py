@@ -155,8 +155,8 @@ class SequenceField:
             raise DataError(f"field {self.name!r}: separator is empty; give the character between values, or null")
         if self.nested and self.separator is not None:
             raise DataError(
-                f"field {self.name!r}: nested needs a column of lists of lists, which a separator cannot cut out of text; remove "
-                "one of the two"
+                f"field {self.name!r}: nested needs a column of lists of lists, which a separator cannot cut out of text; "
+                "remove one of the two"
             )
 
 
@@ -212,8 +212,8 @@ class History:
 
     Args:
         name: by which models ask for it.
-        fields: sequence fields with ``ordered``; of each behaviour they hold one value, or with ``nested`` several. An attribute
-            that ``shares`` the vocabulary of a candidate's field is compared with it.
+        fields: sequence fields with ``ordered``; of each behaviour they hold one value, or with ``nested`` several. One that
+            ``shares`` the vocabulary of a field of the candidate is compared with it.
         times: column of lists with the times of the behaviours: numbers, timestamps or dates, never falling within a row.
         gaps: name of one more attribute, made of the time between a behaviour and its row: its ids are
             2 + ⌊log₂(1 + gap)⌋. Gaps between numbers are in their unit, those between timestamps or dates in seconds.
@@ -231,9 +231,13 @@ class History:
     def __post_init__(self) -> None:
         names: object = self.fields  # of a schema written by hand, anything
         if not _is_list_of(str, names) or not self.fields or len(set(self.fields)) < len(self.fields):
-            raise DataError(f"history {self.name!r}: fields is {names!r:.80}; expected the names of one or more sequence fields")
+            raise DataError(
+                f"history {self.name!r}: fields is {names!r:.80}; expected the names of one or more sequence fields"
+            )
         if self.on_leak not in get_args(OnLeak):
-            raise DataError(f"history {self.name!r}: on_leak is {self.on_leak!r}; expected one of {', '.join(get_args(OnLeak))}")
+            raise DataError(
+                f"history {self.name!r}: on_leak is {self.on_leak!r}; expected one of {', '.join(get_args(OnLeak))}"
+            )
         if self.max_length is not None and self.max_length < 1:
             raise DataError(f"history {self.name!r}: max_length is {self.max_length}; expected 1 or more, or null")
         if self.gaps is not None and self.times is None:
@@ -330,13 +334,17 @@ class Schema:
                     raise DataError(f"field {name!r} is in history {h.name!r}; set max_length there, not on the field")
                 owner[name] = h.name
             if h.times in (*self.labels, *h.fields):
-                raise DataError(f"history {h.name!r}: times is {h.times!r}, a label or one of its fields; name a column of times")
+                raise DataError(
+                    f"history {h.name!r}: times is {h.times!r}, a label or one of its fields; name a column of times"
+                )
             if h.gaps is None:
                 continue
             if self.time is None:
                 raise DataError(f"history {h.name!r}: gaps needs the time of the row; name its column in the schema's time")
             if h.gaps in columns or h.gaps == h.times:
-                raise DataError(f"history {h.name!r}: gaps is {h.gaps!r}, a column of the data; give the new attribute another name")
+                raise DataError(
+                    f"history {h.name!r}: gaps is {h.gaps!r}, a column of the data; give the new attribute another name"
+                )
             columns.add(h.gaps)
         for f in self.fields:
             if isinstance(f, SequenceField) and f.nested and f.name not in owner:
@@ -376,7 +384,7 @@ class Schema:
         return replace(self, fields=tuple(by_name.get(f.name, f) for f in self.fields))
 
     def with_only(self, fields: Iterable[Field]) -> Schema:
-        """A schema of these fields and no others; histories keep the attributes that are among them, and one without any goes."""
+        """A schema of these fields and no others; histories keep the attributes among them, and one without any goes."""
         kept = tuple(fields)
         names = {f.name for f in kept}
         histories = (replace(h, fields=left) for h in self.histories if (left := tuple(n for n in h.fields if n in names)))
@@ -542,9 +550,7 @@ def _changed_options(entry: Field | History) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k != "name" and v != defaults[k]}
 
 
-def _checked_options(
-    what: str, cls: type[Field | History], options: Mapping[str, Any], kind: str = ""
-) -> dict[str, Any]:
+def _checked_options(what: str, cls: type[Field | History], options: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
     """From JSON: the options of ``what`` (``"field 'x'"``), if ``cls`` has them and takes values of their types."""
     allowed = get_type_hints(cls)
     for option, value in options.items():

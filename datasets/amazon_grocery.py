@@ -32,8 +32,8 @@ else:  # a script: Python looks in this folder, not in the project's, and ctrlib
 from ctrlib.schema import DataError, History, Schema, SequenceField, SparseField
 
 TERMS = (
-    "Amazon reviews (J. McAuley, UCSD): for research; cite J. Ni, J. Li and J. McAuley, 'Justifying Recommendations using\n"
-    "Distantly-Labeled Reviews and Fine-Grained Aspects', EMNLP 2019. Selection and split: the ReChorus repository."
+    "Amazon reviews (J. McAuley, UCSD): for research; cite J. McAuley, C. Targett, Q. Shi and A. van den Hengel, 'Image-based\n"
+    "Recommendations on Styles and Substitutes', SIGIR 2015. Selection and split: the ReChorus repository."
 )
 TRAIN, DEV, TEST, META = "train.csv", "dev.csv", "test.csv", "item_meta.csv"
 _KNOWN_AS = "the file of the ReChorus reproduction"
@@ -70,14 +70,18 @@ def _read(path: Path, names: Sequence[str]) -> npt.NDArray[np.int64]:
         columns = next(csv.reader([head.strip()], delimiter="\t" if "\t" in head else ","), [])
         missing = [name for name in names if name not in columns]
         if missing:
-            raise DataError(f"{path}: no column {', '.join(missing)} in its first line {head[:80]!r}; expected {', '.join(names)}")
+            raise DataError(
+                f"{path}: no column {', '.join(missing)} in its first line {head[:80]!r}; expected {', '.join(names)}"
+            )
         at = [columns.index(name) for name in names]
         rows: list[list[int]] = []
         for number, cells in enumerate(reader, start=2):
             try:
                 rows.append([int(cells[i]) for i in at])
             except (ValueError, IndexError):
-                raise DataError(f"{path}, line {number}: {','.join(cells)[:80]!r}; expected integers {', '.join(names)}") from None
+                raise DataError(
+                    f"{path}, line {number}: {','.join(cells)[:80]!r}; expected integers {', '.join(names)}"
+                ) from None
     return np.array(rows, np.int64).reshape(-1, len(names))
 
 
@@ -99,19 +103,24 @@ def read(raw: Path) -> sequences.Interactions:
     user_M, item_M, time_M, part_M = user_M[order], item_M[order], time_M[order], part_M[order]
     back = np.flatnonzero((user_M[1:] == user_M[:-1]) & (time_M[1:] < time_M[:-1]))
     if back.size:
-        raise DataError(f"{raw}: user {user_M[back[0]]} has times in {DEV} or {TEST} before those in {TRAIN}; expected later ones")
+        raise DataError(
+            f"{raw}: user {user_M[back[0]]} has times in {DEV} or {TEST} before those in {TRAIN}; expected later ones"
+        )
     ids, first = np.unique(meta[:, 0], return_index=True)
     code_M = np.minimum(np.searchsorted(ids, item_M), len(ids) - 1)
     unknown = np.flatnonzero(ids[code_M] != item_M)
     if unknown.size:
-        raise DataError(f"{raw}: item {item_M[unknown[0]]} of user {user_M[unknown[0]]} is not in {META}; expected every item there")
+        raise DataError(
+            f"{raw}: item {item_M[unknown[0]]} of user {user_M[unknown[0]]} is not in {META}; expected every item there"
+        )
     items = {"item": pa.array(ids, pa.int32()), "category": pa.array(meta[first, 1], pa.int32())}
-    data = sequences.Interactions(user_M=user_M, item_M=code_M, time_M=time_M, items=items)
+    data = sequences.Interactions(user=user_M, item=code_M, time=time_M, items=items)
     for split, places in data.leave_one_out().items():
         wrong = places[part_M[places] != sequences.SPLITS.index(split)]
         if wrong.size:
+            user = user_M[wrong[0]]
             raise DataError(
-                f"{raw}: user {user_M[wrong[0]]} does not have exactly its last interaction in {TEST} and the one before in {DEV}"
+                f"{raw}: user {user} does not have exactly its last interaction in {TEST} and the one before in {DEV}"
             )
     return data
 
@@ -121,8 +130,8 @@ def prepare(
 ) -> tuple[common.OutputFile, ...]:
     """Write the three splits and the schema.
 
-    Columns: ``label`` int8; ``session``, ``user``, ``item``, ``category`` int32; ``hist_item``, ``hist_category`` lists of int32,
-    ``hist_time`` lists of int64; ``time`` int64, seconds since 1970.
+    Columns: ``label`` int8; ``session``, ``user``, ``item``, ``category`` int32; ``hist_item``, ``hist_category`` lists of
+    int32, ``hist_time`` lists of int64; ``time`` int64, seconds since 1970.
 
     Args:
         raw: folder of the raw files.

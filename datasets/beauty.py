@@ -74,7 +74,9 @@ def read(raw: Path) -> sequences.Interactions:
             try:
                 user, *behaviours = map(int, line.split())
             except ValueError:
-                raise DataError(f"{raw / BEHAVIOURS}, line {number}: {line[:80]!r}; expected integers, the user first") from None
+                raise DataError(
+                    f"{raw / BEHAVIOURS}, line {number}: {line[:80]!r}; expected integers, the user first"
+                ) from None
             users.append(user)
             lists.append(behaviours)
     if len(set(users)) < len(users):
@@ -90,7 +92,7 @@ def read(raw: Path) -> sequences.Interactions:
         "attributes": pa.array([attributes.get(item, []) for item in ids.tolist()], pa.list_(pa.int32())),
     }
     user_M = np.repeat(np.array(users, np.int64), [len(one) for one in lists])
-    return sequences.Interactions(user_M=user_M, item_M=item_M.astype(np.int64), time_M=None, items=items)
+    return sequences.Interactions(user=user_M, item=item_M.astype(np.int64), time=None, items=items)
 
 
 def prepare(

@@ -1,15 +1,16 @@
 """MovieLens-1M for cold start: movies that are warm, few-shot or cold in the training rows.
 
-    python datasets/movielens_cold.py [--raw DIR] --out DIR [--train-negatives 4] [--eval-negatives 99] [--sessions 5000] [--seed 0]
+    python datasets/movielens_cold.py [--raw DIR] --out DIR [--train-negatives 4] [--eval-negatives 99] [--sessions 5000]
+                                      [--seed 0]
 
-Reads the raw files of movielens.py. A rating of 4 or 5 stars is a click. Movies are dealt at random: 10 % are cold (no training
-row has one), 10 % cold for validation, 10 % few-shot (5 training clicks at most), the others warm (80 % of their clicks train, 10 %
-each for validation and test). Writes train.parquet, valid.parquet (warm movies and those that are cold for validation),
-test.parquet (warm, few-shot, cold; column ``segment``) and schema.json.
+Reads the raw files of movielens.py. A rating of 4 or 5 stars is a click. Movies are dealt at random: 10 % are cold (no
+training row has one), 10 % cold for validation, 10 % few-shot (5 training clicks at most), the others warm (80 % of their
+clicks train, 10 % each for validation and test). Writes train.parquet, valid.parquet (warm movies and those that are cold for
+validation), test.parquet (warm, few-shot, cold; column ``segment``) and schema.json.
 
-A session is a click and random movies that the user never rated: in training warm or few-shot ones, else of the same segment as
-the click. So a popularity of zero, that of all cold movies, ranks at random and not last. Of every segment at most ``--sessions``
-random clicks are evaluated, and only those of users who have enough movies of the segment left.
+A session is a click and random movies that the user never rated: in training warm or few-shot ones, else of the same segment
+as the click. So a popularity of zero, that of all cold movies, ranks at random and not last. Of every segment at most
+``--sessions`` random clicks are evaluated, and only those of users who have enough movies of the segment left.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def prepare(
 ) -> tuple[common.OutputFile, ...]:
     """Write the three splits and the schema.
 
-    Columns: ``label`` int8; ``session`` int32; ``segment`` string (``warm``, ``few``, ``cold``); those of users and movies as in
-    :func:`movielens.prepare`, and ``title``, the words of the title.
+    Columns: ``label`` int8; ``session`` int32; ``segment`` string (``warm``, ``few``, ``cold``); those of users and movies as
+    in :func:`movielens.prepare`, and ``title``, the words of the title.
 
     Args:
         raw: folder of the raw files; ``None``: download them to ``out/raw``.
@@ -156,7 +157,9 @@ def prepare(
     clicks_M = np.flatnonzero(data.stars >= CLICK_STARS)
     rng = np.random.default_rng((seed, 0))
     splits, segment_I = deal(data.movie_row[clicks_M], data.movie_row, data.movies.num_rows, rng)
-    rated_UI = np.bincount(data.user_row * len(SEGMENTS) + segment_I[data.movie_row], minlength=data.users.num_rows * len(SEGMENTS))
+    rated_UI = np.bincount(
+        data.user_row * len(SEGMENTS) + segment_I[data.movie_row], minlength=data.users.num_rows * len(SEGMENTS)
+    )
     left_US = np.bincount(segment_I[segment_I >= 0], minlength=len(SEGMENTS)) - rated_UI.reshape(-1, len(SEGMENTS))
     files = []
     for split, chosen in splits.items():
@@ -169,6 +172,8 @@ def prepare(
                 parts.append(_sessions(data, clicks[of == at], catalogue, segment, train_negatives, (seed, 1 + at)))
         else:
             for at, segment in enumerate(SEGMENTS):
+                if not (of == at).any():
+                    continue
                 able = clicks[(of == at) & (left_US[data.user_row[clicks], at] >= eval_negatives)]
                 print(f"{split}: {segment}: {(of == at).sum():,} clicks, {len(able):,} of users with enough movies left")
                 some = np.sort(rng.permutation(able)[:sessions])

@@ -1,7 +1,7 @@
 """What the scripts for behaviour sequences share: leave-one-out splits, sessions with negatives, histories as lists.
 
 Every interaction of a user is an impression that was clicked. Together with random items that the user never met
-(:func:`ctrlib.data.negatives.sample_negatives`) it is a session; the history of all its rows are the user's interactions before.
+(:func:`ctrlib.data.negatives.sample_negatives`) it is a session; the history of its rows are the user's interactions before.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class Interactions:
     """What users did, one user after the other, oldest first.
 
     Attributes:
-        user_M: the user of each interaction; equal ones follow one another.
-        item_M: its item, as a place in the arrays of ``items``.
-        time_M: its time, never falling for a user; ``None``: only the order is known.
+        user: [M] the user of each interaction; equal ones follow one another.
+        item: [M] its item, as a place in the arrays of ``items``.
+        time: [M] its time, never falling for a user; ``None``: only the order is known.
         items: by column name, an Arrow array with what is known of each item; lists are attributes with several values.
     """
 
-    user_M: Ints
-    item_M: Ints
-    time_M: Ints | None
+    user: Ints
+    item: Ints
+    time: Ints | None
     items: Mapping[str, Any]
 
     @property
-    def first_M(self) -> Ints:
+    def first(self) -> Ints:
         """For every interaction, the place of the first one of its user."""
-        begins = np.flatnonzero(np.append(True, self.user_M[1:] != self.user_M[:-1]))
-        return np.repeat(begins, np.diff(np.append(begins, len(self.user_M))))
+        begins = np.flatnonzero(np.append(True, self.user[1:] != self.user[:-1]))
+        return np.repeat(begins, np.diff(np.append(begins, len(self.user))))
 
     def leave_one_out(self) -> dict[str, Ints]:
         """Places of the test rows (the last of each user), validation rows (the one before) and training rows (all others).
@@ -58,7 +58,7 @@ class Interactions:
         The first interaction of a user, which has no history, is a training row too: so models learn what to do without one.
         Users with fewer than three interactions have training rows only.
         """
-        first_M = self.first_M
+        first_M = self.first
         at_M = np.arange(len(first_M))
         size_M = np.bincount(first_M, minlength=len(first_M))[first_M]
         left_M = np.where(size_M < 3, 2, first_M + size_M - 1 - at_M)
@@ -69,7 +69,7 @@ class Interactions:
         fields = [("label", pa.int8()), ("session", pa.int32()), ("user", pa.int32())]
         fields += [(name, array.type) for name, array in self.items.items()]
         fields += [(f"hist_{name}", pa.list_(array.type)) for name, array in self.items.items()]
-        if self.time_M is not None:
+        if self.time is not None:
             fields += [("hist_time", pa.list_(pa.int64())), ("time", pa.int64())]
         return pa.schema(fields)
 
@@ -79,12 +79,10 @@ class Interactions:
         A session has 1 + ``negatives`` rows in random order (so that scores that are all equal find the positive by chance
         only). ``session`` is the place of its positive among all interactions, and so different for every one.
         """
-        first_M = self.first_M
+        first_M = self.first
         num_items = len(next(iter(self.items.values())))
-        drawn_SC = sample_negatives(
-            first_M[places_S], first_M, self.item_M, num_items, negatives, seed=seed
-        )
-        items_SC = np.concatenate([self.item_M[places_S, None], drawn_SC], axis=1)
+        drawn_SC = sample_negatives(first_M[places_S], first_M, self.item, num_items, negatives, seed=seed)
+        items_SC = np.concatenate([self.item[places_S, None], drawn_SC], axis=1)
         order_SC = np.argsort(np.random.default_rng((*seed, 1)).random(items_SC.shape), axis=1)
         items_SC = np.take_along_axis(items_SC, order_SC, axis=1)
         for start in range(0, len(places_S), _SESSIONS):
@@ -97,19 +95,19 @@ class Interactions:
         ends_R = np.cumsum(lengths_R)
         past_N = np.repeat(first_M[place_R] - (ends_R - lengths_R), lengths_R) + np.arange(int(lengths_R.sum()))
         offsets = pa.array(np.append(0, ends_R), pa.int32())
-        item_R, behaviour_N = pa.array(items_SC.ravel()), pa.array(self.item_M[past_N])
+        item_R, behaviour_N = pa.array(items_SC.ravel()), pa.array(self.item[past_N])
         columns = {
             "label": label_SC.ravel().astype(np.int8),
             "session": place_R.astype(np.int32),
-            "user": self.user_M[place_R].astype(np.int32),
+            "user": self.user[place_R].astype(np.int32),
         }
         columns |= {name: array.take(item_R) for name, array in self.items.items()}
         columns |= {
             f"hist_{name}": pa.ListArray.from_arrays(offsets, array.take(behaviour_N)) for name, array in self.items.items()
         }
-        if self.time_M is not None:
-            columns["hist_time"] = pa.ListArray.from_arrays(offsets, pa.array(self.time_M[past_N]))
-            columns["time"] = self.time_M[place_R]
+        if self.time is not None:
+            columns["hist_time"] = pa.ListArray.from_arrays(offsets, pa.array(self.time[past_N]))
+            columns["time"] = self.time[place_R]
         return pa.table(columns, schema=self.schema())
 
 
@@ -120,8 +118,10 @@ def write(
     files = []
     for number, (split, places) in enumerate(data.leave_one_out().items()):
         count = train_negatives if split == "train" else eval_negatives
-        files.append(common.write_parquet(data.sessions(places, count, (seed, number)), data.schema(), out / f"{split}.parquet"))
-        lengths = (places - data.first_M[places]).tolist()
+        files.append(
+            common.write_parquet(data.sessions(places, count, (seed, number)), data.schema(), out / f"{split}.parquet")
+        )
+        lengths = (places - data.first[places]).tolist()
         print(f"{split}: {len(places):,} sessions, mean history {sum(lengths) / max(len(lengths), 1):.2f}")
     schema.save(out / "schema.json")
     print(f"negatives: {train_negatives} a training session, {eval_negatives} else; uniform over unseen items, seed {seed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.optim import OptimizerConfig, build_optimizer
 from ctrlib.schema import BatchLayout, HistoryColumn, Pooling, SequenceColumn, SparseColumn
 from ctrlib.search.gates import ClosedGates
-
 
 D = 3
 ITEMS = [[2, 3, 2], [], [5], [0, 4]]  # a dropped value is a behaviour too
@@ -179,12 +178,10 @@ def test_dropout_of_tokens_and_of_coordinates() -> None:
 def test_gradients_reach_the_rows_that_were_read() -> None:
     module = embedding(unpooled=("seen",))
     module.behaviours(rows([0, 2]), "seen").x_NAD.sum().backward()  # type: ignore[no-untyped-call]
-    [table] = module.tables
-    grad = table.rows.weight.grad  # type: ignore[union-attr]
-    assert isinstance(grad, Tensor)
-    first = table.first_row  # type: ignore[union-attr]
-    read = {first["item"] + v for v in (2, 3, 5)} | {first["tags"] + v for v in (1, 2, 3, 4)}  # type: ignore[index, operator]
-    read |= {first["gap"] + v for v in (7, 6, 2, 3)}  # type: ignore[index, operator]
+    table = cast(Any, module.tables[0])
+    grad, first = table.rows.weight.grad, table.first_row
+    read = {first["item"] + v for v in (2, 3, 5)} | {first["tags"] + v for v in (1, 2, 3, 4)}
+    read |= {first["gap"] + v for v in (7, 6, 2, 3)}
     assert set(grad.abs().sum(1).nonzero().flatten().tolist()) == read
 
 
@@ -210,7 +207,7 @@ def test_some_fields_only() -> None:
 def test_what_cannot_be_read() -> None:
     with pytest.raises(ConfigError, match="the embedding reads no history 'sen'; did you mean 'seen'"):
         embedding().behaviours(rows(), "sen")
-    with pytest.raises(ConfigError, match="the embedding reads no history 'seen'$"):
+    with pytest.raises(ConfigError, match=r"the embedding reads no history 'seen'$"):
         embedding(fields=("user", "item")).targets(rows(), "seen")
     with pytest.raises(ConfigError, match="the model reads history 'sen', which the data lacks; did you mean 'seen'"):
         embedding(unpooled=("sen",))
@@ -229,7 +226,8 @@ def test_several_histories() -> None:
     batch = replace(batch, sequences={**batch.sequences, "carted": bag([[3], [4, 4], [], [2, 1, 5]])})
     assert module.behaviours(batch, "carts").offsets_B1.tolist() == [0, 1, 3, 3, 6]
     assert module.behaviours(batch, "seen").offsets_B1.tolist() == [0, 3, 3, 4, 6]
-    assert "h_item" in module.out.names and "carted" not in module.out.names
+    assert "h_item" in module.out.names
+    assert "carted" not in module.out.names
     torch.testing.assert_close(module.targets(batch, "carts")[:, 0], module.targets(batch, "seen")[:, 0])
 
 
@@ -268,7 +266,7 @@ def test_compiles_to_one_graph_and_exports() -> None:
     module = Pooled().eval()
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    sizes = tuple({0: Dim.DYNAMIC} for _ in range(8))
+    sizes = (tuple({0: Dim.DYNAMIC} for _ in range(8)),)
     program = torch.export.export(module, tensors(rows()), dynamic_shapes=sizes).module()
     for at in ([0, 1, 2, 3], [3, 2, 0, 0, 1, 1], [0, 3]):
         want = module(*tensors(rows(at)))

@@ -27,7 +27,7 @@ def tokens(counts: tuple[int, ...], *shape: int) -> Tensor:
 
 
 def rows(x_N: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
-    return list(x_N.split(list(counts))) if counts else []
+    return list(torch.split(x_N, list(counts))) if counts else []
 
 
 def stacked(each: list[Tensor], *shape: int) -> Tensor:
@@ -50,11 +50,12 @@ def test_rows_and_places_of_tokens(counts: tuple[int, ...]) -> None:
 def test_sums_means_and_maxima(counts: tuple[int, ...], shape: tuple[int, ...]) -> None:
     x, o = tokens(counts, *shape), offsets(counts)
     zero = torch.zeros(shape, dtype=torch.float64)
-    for function, law in (
+    laws: list[tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
         (ragged.segment_sum, lambda r: r.sum(0)),
         (ragged.segment_mean, lambda r: r.mean(0)),
         (ragged.segment_max, lambda r: r.amax(0)),
-    ):
+    ]
+    for function, law in laws:
         want = stacked([law(r) if len(r) else zero for r in rows(x, counts)], *shape)
         torch.testing.assert_close(function(x, o), want)
     weight = tokens(counts)
@@ -86,7 +87,8 @@ def test_padding_and_back(counts: tuple[int, ...], shape: tuple[int, ...]) -> No
     assert torch.equal(ragged.from_padded(block, o, ids), x)
     wider, there = ragged.to_padded(x, o, ids, length=size + 2)
     assert torch.equal(wider[:, :size], block)
-    assert not wider[:, size:].any() and not there[:, size:].any()
+    assert not wider[:, size:].any()
+    assert not there[:, size:].any()
     assert torch.equal(ragged.from_padded(wider, o, ids), x)
 
 
@@ -114,17 +116,17 @@ def padded_attention(x_BLD: Tensor, there_BL: Tensor, q_BD: Tensor) -> Tensor:
 def test_ragged_is_padded_and_gradients_too() -> None:
     counts = tuple(np.random.default_rng(0).integers(0, 12, 40).tolist())
     o = offsets(counts)
-    x = tokens(counts, 5).float().requires_grad_()
-    q = torch.randn(len(counts), 5, requires_grad=True)
-    found = attention(x, q, o)
+    x = tokens(counts, 5).requires_grad_()
+    q = torch.randn(len(counts), 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     block, there = ragged.to_padded(x, o, ragged.segment_ids(o, len(x)))
-    want = padded_attention(block, there, q)
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
+    found, want = attention(x, q, o), padded_attention(block, there, q)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-13)
+    floats = attention(x.float(), q.float(), o), padded_attention(block.float(), there, q.float())
+    torch.testing.assert_close(*floats, rtol=0, atol=1e-6)
     weights = torch.randn_like(want)
-    for a, b in zip(
-        torch.autograd.grad((found * weights).sum(), (x, q)), torch.autograd.grad((want * weights).sum(), (x, q)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    grads = [torch.autograd.grad((y * weights).sum(), (x, q)) for y in (found, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_gradients_are_right() -> None:
@@ -154,7 +156,7 @@ def test_nothing_leaks_from_one_row_to_another() -> None:
     assert torch.equal(found[[0, 2]], changed[[0, 2]])
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the largest tensor that anything made."""
 
     numel = 0
@@ -170,10 +172,10 @@ class Largest(TorchDispatchMode):
 def test_memory_goes_with_the_tokens() -> None:
     counts = (2000, *([1] * 500))  # padded, it would be 501 · 2000 tokens
     o, x, q = offsets(counts), torch.randn(2500, 8, requires_grad=True), torch.randn(501, 8, requires_grad=True)
-    with Largest() as ragged_memory:
+    with Largest() as ragged_memory:  # type: ignore[no-untyped-call]
         attention(x, q, o).sum().backward()  # type: ignore[no-untyped-call]
     assert ragged_memory.numel == 2500 * 8
-    with Largest() as padded_memory:
+    with Largest() as padded_memory:  # type: ignore[no-untyped-call]
         ragged.to_padded(x, o, ragged.segment_ids(o, 2500))
     assert padded_memory.numel == 501 * 2000 * 8
 
@@ -192,7 +194,12 @@ def test_compiles_to_one_graph_and_exports() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
     sizes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     program = torch.export.export(module, inputs((3, 0, 2, 4)), dynamic_shapes=sizes).module()
+    trained = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for counts in ((3, 0, 2, 4), (1, 5), (0, 0, 3, 0, 9, 2), (2, 0)):
         x, q, o = inputs(counts)
+        leaves = x.clone().requires_grad_(), q.clone().requires_grad_()
+        found, want = (torch.autograd.grad(run(*leaves, o).square().sum(), leaves) for run in (trained, module))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b)
         torch.testing.assert_close(compiled(x, q, o), module(x, q, o))
         torch.testing.assert_close(program(x, q, o), module(x, q, o))

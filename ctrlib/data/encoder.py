@@ -79,9 +79,7 @@ class Encoded:
             return torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32))
 
         sequences = {
-            name: Ragged(
-                torch.from_numpy(values), offsets(lengths), offsets(self.inner[name]) if name in self.inner else None
-            )
+            name: Ragged(torch.from_numpy(values), offsets(lengths), offsets(self.inner[name]) if name in self.inner else None)
             for name, (values, lengths) in self.sequences.items()
         }
         return Batch(
@@ -334,8 +332,9 @@ class Encoder:
                 clocks = [_is_clock(table.types[name]) for name in (h.times, self.schema.time)]
                 if set(clocks) == {False, True}:
                     raise DataError(
-                        f"{table.name}: column {h.times!r} of history {h.name!r} holds {table.types[h.times]}, and the row's time "
-                        f"{self.schema.time!r} {table.types[self.schema.time]}; expected numbers in both, or timestamps in both"
+                        f"{table.name}: column {h.times!r} of history {h.name!r} holds {table.types[h.times]}, and the row's "
+                        f"time {self.schema.time!r} {table.types[self.schema.time]}; expected numbers in "
+                        "both, or timestamps in both"
                     )
             histories.append(_Behaviours(h, self.schema.time, table))
         return histories
@@ -565,7 +564,7 @@ class _Behaviours:
         if h.gaps is not None and h.times is not None and self.time is not None:
             gap_N = block.lists["time", self.time][0][rows_N[kept_N]] - block.lists["times", h.times][0][kept_N]
             units = 1e6 if _is_clock(self.table.types[self.time]) else 1
-            exponent_N = np.frexp(1 + gap_N / units)[1] - 1  # ⌊log₂⌋ without rounding
+            exponent_N = np.frexp(1 + gap_N / units)[1] - 1  # ⌊log₂⌋, exact up to 2⁵³
             ids = FIRST_VALUE_ID + np.minimum(exponent_N, _GAP_SIZE - FIRST_VALUE_ID - 1)
             block.lists["sequences", h.gaps] = ids.astype(np.int32), left
 
@@ -585,9 +584,9 @@ class _Behaviours:
         if self.history.on_leak == "refuse" and not kept_N.all():
             at = int(np.argmin(kept_N))
             raise DataError(
-                f"{self._place(column, block, rows_N[at])}: behaviour {self._number(at, rows_N)} of history {self.history.name!r} "
-                f"is not before the row's time (column {self.time!r}), so it could not be known then; remove it, or set on_leak "
-                "to 'drop'"
+                f"{self._place(column, block, rows_N[at])}: behaviour {self._number(at, rows_N)} of history "
+                f"{self.history.name!r} is not before the row's time (column {self.time!r}), so it could not be known then; "
+                "remove it, or set on_leak to 'drop'"
             )
         block.leaks[self.history.name] = np.bincount(rows_N[~kept_N], minlength=block.rows).astype(np.int32)
         return kept_N
@@ -756,9 +755,7 @@ def _category_keys(x: Floats, describe: Describe) -> Any:
     return as_keys(pa.array(criteo_log(np.where(missing, 0, x)), mask=missing), pa.int64(), describe)
 
 
-def _flat(
-    f: SequenceField, array: Any, describe: Describe, hint: str | None = None
-) -> tuple[Any, Ids, Ids | None, Describe]:
+def _flat(f: SequenceField, array: Any, describe: Describe, hint: str | None = None) -> tuple[Any, Ids, Ids | None, Describe]:
     """The values of all lists one after another, the length of each list (0: missing), and the place of a value.
 
     Of a nested field, the lists inside the lists are behaviours: between the two last comes how many values each of them has.
@@ -772,8 +769,8 @@ def _flat(
 
     if not f.nested:
         return lists.flatten(), lengths, None, place
-    values, inner, _, place = _flat(replace(f, nested=False), lists.flatten(), place, "declare the field without nested")
-    return values, lengths, inner, place
+    values, inner, _, inner_place = _flat(replace(f, nested=False), lists.flatten(), place, "declare the field without nested")
+    return values, lengths, inner, inner_place
 
 
 def _time_lists(column: str, array: Any, describe: Describe) -> tuple[npt.NDArray[Any], Ids]:

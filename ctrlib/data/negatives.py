@@ -17,8 +17,8 @@ def sample_negatives(
 ) -> Ints:
     """For each of N impressions, ``count`` different items that its user never met.
 
-    The law: uniform over all sets of ``count`` items of the catalogue 0, …, ``num_items`` − 1 without those that the user met at
-    any time, also later. So a negative is never a later positive, and nothing depends on popularity. Impressions are
+    The law: uniform over all sets of ``count`` items of the catalogue 0, …, ``num_items`` − 1 without those that the user met
+    at any time, also later. So a negative is never a later positive, and nothing depends on popularity. Impressions are
     independent of each other, those of one user too.
 
     Args:
@@ -46,8 +46,8 @@ def sample_negatives(
     if (left_N < count).any():
         at = int(np.argmin(left_N))
         raise DataError(
-            f"user {users_N[at]} has met all but {left_N[at]} of {num_items} items, so {count} negatives cannot be drawn; ask for "
-            "fewer, or leave the user out"
+            f"user {users_N[at]} has met all but {left_N[at]} of {num_items} items, so {count} negatives cannot be drawn; ask "
+            "for fewer, or leave the user out"
         )
     rng = np.random.default_rng(seed)
     items_NC = rng.integers(num_items, size=(len(users_N), count))

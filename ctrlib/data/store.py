@@ -31,8 +31,8 @@ _FORMAT = 1
 class Split:
     """The encoded rows of one split, as tensors mapped from files. Shapes as in :class:`~ctrlib.batch.Batch`.
 
-    ``sequences`` maps a field to its values [N] and offsets [rows + 1] (int64); of a nested one, ``inner`` has the offsets [M + 1]
-    (int64) by which its M behaviours cut the values.
+    ``sequences`` maps a field to its values [N] and offsets [rows + 1] (int64); of a nested one, ``inner`` has the offsets
+    [M + 1] (int64) by which its M behaviours cut the values.
     """
 
     num_rows: int
@@ -215,9 +215,7 @@ class Store:
             weight=mapped("weight.bin") if "weight.bin" in files else None,
             group=mapped("group.bin") if "group.bin" in files else None,
             inner={
-                column.name: mapped(f"inner-{i}.bin")
-                for i, column in enumerate(self.encoder.layout.sequences)
-                if column.nested
+                column.name: mapped(f"inner-{i}.bin") for i, column in enumerate(self.encoder.layout.sequences) if column.nested
             },
         )
 
@@ -348,7 +346,8 @@ def _part(block: Encoded, chosen: npt.NDArray[np.bool_]) -> Encoded:
     for name, (values, lengths) in block.sequences.items():
         values, *rest = keep_behaviours(np.repeat(chosen, lengths), values, block.inner.get(name))
         sequences[name] = values, take(lengths)
-        inner |= {name: found for found in rest}
+        if rest:
+            [inner[name]] = rest
     return Encoded(
         take(block.sparse),
         take(block.dense),

@@ -233,7 +233,7 @@ class AWMoE(ModelComponent):
         """s [B, K, E] from the rest of the input and h_u."""
         if self.flat:
             return self.experts(torch.cat([pooled_BW.unsqueeze(1), x_BFD], dim=2))
-        return self.experts(torch.cat([x_BFD, pooled_BW.unflatten(1, (-1, x_BFD.shape[2]))], dim=1))
+        return self.experts(torch.cat([x_BFD, torch.unflatten(pooled_BW, 1, (-1, x_BFD.shape[2]))], dim=1))
 
     def units(self, steps: Steps, context_BW: Tensor, score_N: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """a [N] and r [N, K] (``None`` without gate unit); ``score_N`` is what AU_in said, where that is known."""
@@ -304,8 +304,8 @@ class AWMoE(ModelComponent):
         if user_B is None:
             raise ConfigError(
                 "AWMoE's contrastive loss must know which rows are of one user, and the data has no group; name the column "
-                "in the schema (group, or --group), or set contrast.user to a sparse field, contrast.exclude_same_user to false, or "
-                "contrast.weight to 0"
+                "in the schema (group, or --group), or set contrast.user to a sparse field, contrast.exclude_same_user to "
+                "false, or contrast.weight to 0"
             )
         return user_B.unsqueeze(1) == user_B.unsqueeze(0)
 

@@ -41,14 +41,14 @@ class Steps:
     Attributes:
         h_NW: a vector of each.
         offsets_B1: row b owns ``h_NW[offsets_B1[b]:offsets_B1[b + 1]]``.
-        row_N: b of each, int64.
+        row_N: b of each, int64, ascending.
         real_N: False for padding, which nothing reads.
     """
 
-    h_NW: Tensor
-    offsets_B1: Tensor
-    row_N: Tensor
-    real_N: Tensor
+    h_NW: Tensor  # noqa: N815 (shape suffixes)
+    offsets_B1: Tensor  # noqa: N815
+    row_N: Tensor  # noqa: N815
+    real_N: Tensor  # noqa: N815
 
     def replaced(self, h_NW: Tensor) -> Steps:
         """The same behaviours with other vectors."""
@@ -91,7 +91,8 @@ class Steps:
 def read_behaviours(embedding: FeatureEmbedding, batch: Batch, history: str) -> Steps:
     """The behaviours of a history, their A attributes side by side: W = A·D.
 
-    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding.
+    A behaviour of which all attributes are zero vectors (ids 0, or values with closed gates) is padding. So are all of them
+    while a vocabulary is still all zeros: frozen and not loaded yet, or with an ``init_std`` of 0.
     """
     found = embedding.behaviours(batch, history)
     h_NW = found.x_NAD.flatten(1)
@@ -154,7 +155,7 @@ class ActivationUnit(Component, nn.Module):
 
         W_1 h + W_2 c + W_3 (h − c) + W_4 (h ⊙ c) = (W_1 + W_3) h + (W_2 − W_3) c + W_4 (h ⊙ c),
 
-    exactly; the second term is computed once a row, not once a behaviour.
+    exactly; the second term is computed once a row, not once a behaviour. Without ``bias`` the last layer adds no constant.
     """
 
     # NOTE[DIFF] the released code's inputs; the paper's figure has h, c and a product of both
@@ -174,13 +175,13 @@ class ActivationUnit(Component, nn.Module):
             positive("ActivationUnit.hidden_units", *self.hidden_units)
             check_choice("ActivationUnit.activation", self.activation, get_args(UnitActivation))
 
-    def __init__(self, config: Config, width: int, output_dim: int) -> None:
+    def __init__(self, config: Config, width: int, output_dim: int, *, bias: bool = True) -> None:
         super().__init__()
-        widths = (*config.hidden_units, output_dim)
-        self.first = nn.Linear(4 * width, widths[0])
+        sizes = [*pairwise((4 * width, *config.hidden_units, output_dim))]
+        self.first, *following = (nn.Linear(m, n, bias=bias or i + 1 < len(sizes)) for i, (m, n) in enumerate(sizes))
         layers: list[nn.Module] = []
-        for units, following in pairwise(widths):
-            layers += [activation_layer(config.activation, units), nn.Linear(units, following)]
+        for units, linear in zip(config.hidden_units, following, strict=True):
+            layers += [activation_layer(config.activation, units), linear]
         self.rest = nn.Sequential(*layers)
 
     def forward(self, h_NW: Tensor, c_BW: Tensor, row_N: Tensor) -> Tensor:
@@ -219,7 +220,8 @@ class TargetAttention(Component, nn.Module):
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
-        self.unit = ActivationUnit(config.unit, width, 1)
+        # a number that is added to all scores of a row changes no softmax
+        self.unit = ActivationUnit(config.unit, width, 1, bias=config.norm != "softmax")
         self.norm = config.norm
         self.divisor = math.sqrt(width) if config.scale else 1.0
 
@@ -262,7 +264,7 @@ class AttendedHistories(nn.Module):
         parts = []
         for name, attention in zip(self.histories, self.attention, strict=True):
             pooled_BW = attention(read_behaviours(embedding, batch, name), embedding.targets(batch, name).flatten(1))
-            parts.append(pooled_BW.unflatten(1, (-1, self.out.dim)))
+            parts.append(torch.unflatten(pooled_BW, 1, (-1, self.out.dim)))
         return torch.cat(parts, dim=1)
 
     def __call__(self, embedding: FeatureEmbedding, batch: Batch) -> Tensor:

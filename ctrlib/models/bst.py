@@ -116,7 +116,7 @@ class BST(ModelComponent):
             if self.config.read == "mean":
                 y_BLW = y_BLW.sum(1, keepdim=True) / there_BL.sum(1).view(-1, 1, 1)
         x_BFD = self.embedding(batch)
-        return torch.cat([x_BFD, y_BLW.flatten(1).unflatten(1, (-1, x_BFD.shape[2]))], dim=1)
+        return torch.cat([x_BFD, torch.unflatten(y_BLW.flatten(1), 1, (-1, x_BFD.shape[2]))], dim=1)
 
     def forward(self, batch: Batch) -> Output:
         logits_BT = cast(Tensor, self.head(self.interaction(self.tokens(batch))))

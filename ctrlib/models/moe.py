@@ -129,9 +129,9 @@ def normed_gate(gate_BK: Tensor, norm: GateNorm, top_k: int) -> Tensor:
 class MoE(ModelComponent):
     """logit_t = Σ_k softmax(G_t z)_k s_kt(x), or tower_t(Σ_k softmax(G_t z)_k s_k(x)).
 
-    Shape: Batch → Output(logits [B] or [B, T]). x are all tokens, z those that the gates read, s_k the experts (arXiv:1701.06538).
-    Without a tower an expert gives a score for every label; with one a vector, its last hidden layer. With a gate per label and
-    towers it is MMoE (doi:10.1145/3219819.3220007).
+    Shape: Batch → Output(logits [B] or [B, T]). x are all tokens, z those that the gates read, s_k the experts
+    (arXiv:1701.06538). Without a tower an expert gives a score for every label; with one a vector, its last hidden
+    layer. With a gate per label and towers it is MMoE (doi:10.1145/3219819.3220007).
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +197,7 @@ class MoE(ModelComponent):
     def gates(self, x_BFD: Tensor) -> Tensor:
         """[B, gates, K]; each sums to 1 over the experts."""
         read_BFD = x_BFD if self.config.gate_fields is None else x_BFD.index_select(1, self.read)
-        g_BGK = cast(Tensor, self.gate(read_BFD.flatten(1))).unflatten(1, (self.num_gates, -1))
+        g_BGK = torch.unflatten(self.gate(read_BFD.flatten(1)), 1, (self.num_gates, -1))
         top_k = self.config.top_k
         return normed_gate(g_BGK, "softmax" if top_k is None else "topk", top_k or 0)
 

@@ -237,9 +237,12 @@ def compact(model: ModelComponent, selection: Selection, encoder: Encoder) -> tu
     for name, owner in derived.owners.items():
         same = np.arange(encoder.vocabularies[owner].size, dtype=np.int32)
         ids[name] = owner, derived.ids.get(name, same)
-    for column in (*layout.sparse, *layout.sequences):
-        if column.name in closed and column.table not in ids:  # quantile bins and time gaps, which have no vocabulary
-            ids[column.table] = column.table, np.zeros(column.vocab_size, np.int32)
+    sizes = {c.name: (c.table, c.vocab_size) for c in layout.sparse} | {
+        c.name: (c.table, c.vocab_size) for c in layout.sequences
+    }
+    for table, size in (sizes[name] for name in sizes if name in closed):
+        if table not in ids:  # quantile bins and time gaps, which have no vocabulary
+            ids[table] = table, np.zeros(size, np.int32)
     for name, part in embeddings.items():
         cast(FeatureEmbedding, small.get_submodule(name)).take_over(part, ids, closed)
     state = model.state_dict()

@@ -25,13 +25,12 @@ from ctrlib.data.store import Store
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import preset
 from ctrlib.schema import DataError, History, HistoryColumn, Schema, SequenceField, SparseField
-from ctrlib.search.selection import Selection, apply_to_store
+from ctrlib.search.field_gates import FieldGates
+from ctrlib.search.selection import Selection, apply_to_store, compact
 from ctrlib.training import predict
 
 N = 313
-HISTORY = History(
-    name="seen", fields=("hist_item", "hist_tags", "hist_shop"), times="hist_time", gaps="hist_gap", max_length=4
-)
+HISTORY = History(name="seen", fields=("hist_item", "hist_tags", "hist_shop"), times="hist_time", gaps="hist_gap", max_length=4)
 SCHEMA = Schema(
     fields=(
         SparseField(name="item"),
@@ -272,7 +271,9 @@ def test_timestamps_and_dates(encoder: Encoder) -> None:
     assert encoded(pa.array([2.0 * day, 3.0 * day]), pa.array(seconds, pa.list_(pa.float32()))) == want
     with pytest.raises(DataError, match=r"'at' of history 'history' holds .*list.*, and the row's time 'now' timestamp"):
         encoded(pa.array(now), seconds)
-    with pytest.raises(DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times|column"):
+    with pytest.raises(
+        DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times|column"
+    ):
         encoded(pa.array(["a", "b"]), seconds)
 
 
@@ -291,7 +292,7 @@ ROW = next(i for i, row in enumerate(raw(60)) if i > 20 and len(row["hist_item"]
     ("column", "change", "message"),
     [
         ("hist_tags", lambda v: v[:-1], "values, but .* in column 'hist_item'; history 'seen' needs one for every behaviour"),
-        ("hist_time", lambda v: v + [5000], "values, but .* in column 'hist_item'"),
+        ("hist_time", lambda v: [*v, 5000], "values, but .* in column 'hist_item'"),
         ("hist_time", lambda v: [v[0], v[1] + 1, v[1], *v[3:]], r"times of history 'seen' fall \(behaviour 3 of \d\); sort"),
         ("hist_time", lambda v: [None, *v[1:]], "a list holds a missing value"),
         ("hist_tags", lambda v: [None, *v[1:]], "a list holds a missing value"),
@@ -319,7 +320,9 @@ def test_leaks_are_refused(encoder: Encoder, tmp_path: Path) -> None:
     assert lists(batch.sequences["hist_item"]) == want["hist_item"]
     at = next(i for i, row in enumerate(rows) if len(row["hist_item"]) == 3)
     rows[at]["time"] = rows[at]["hist_time"][2]  # at the row's time is too late
-    with pytest.raises(DataError, match=rf"column 'hist_time', the table, row {at + 1}: behaviour 3 of 3 of history 'seen' is not"):
+    with pytest.raises(
+        DataError, match=rf"column 'hist_time', the table, row {at + 1}: behaviour 3 of 3 of history 'seen' is not"
+    ):
         refusing.transform(rows)
 
 
@@ -389,3 +392,17 @@ def test_batches_move_whole(encoder: Encoder) -> None:
     assert flat.inner is None
     assert lists(flat) == [[v for one in row for v in one] for row in lists(batch.sequences["hist_tags"])]
     assert batch.sequences["hist_item"].flat is batch.sequences["hist_item"]
+
+
+def test_a_model_is_compacted(encoder: Encoder) -> None:
+    torch.manual_seed(0)
+    model = build_model(preset("dnn", "paper"), encoder.layout).eval()
+    chosen = selection(encoder, fields=("item", "tags", "hist_item", "hist_tags"))
+    small, derived = compact(model, chosen, encoder)
+    gates = FieldGates(encoder.layout.names)
+    gates.values_F[[name not in (chosen.fields or ()) for name in gates.names]] = 0
+    with gates.on(model), torch.no_grad():
+        want, found = model(encoder.transform(raw())).logits, small(derived.transform(raw())).logits
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
+    assert want.std() > 1e-6
+    assert derived.layout.histories[0].fields == COLUMNS

@@ -1,4 +1,4 @@
-"""Scripts of behaviour sequences: the last of each user is held out, histories are what came before, negatives were never met."""
+"""Scripts of behaviour sequences: the last of each user is held out, histories came before, negatives were never met."""
 
 from __future__ import annotations
 
@@ -72,7 +72,11 @@ def sessions(path: Path) -> list[list[dict[str, Any]]]:
 def test_grocery(grocery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     files = amazon_grocery.prepare(grocery, out, train_negatives=2, eval_negatives=1, seed=7)
-    assert [(f.path.name, f.rows) for f in files] == [("train.parquet", 6 * 3), ("valid.parquet", 3 * 2), ("test.parquet", 3 * 2)]
+    assert [(f.path.name, f.rows) for f in files] == [
+        ("train.parquet", 6 * 3),
+        ("valid.parquet", 3 * 2),
+        ("test.parquet", 3 * 2),
+    ]
     assert pq.read_table(files[0].path).schema.names == [
         "label", "session", "user", "item", "category", "hist_item", "hist_category", "hist_time", "time",
     ]  # fmt: skip
@@ -83,7 +87,9 @@ def test_grocery(grocery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
             bought = BOUGHT[positive["user"]]
             place = len(positive["hist_item"])
             assert bought[place] == (positive["item"], positive["time"] // DAY)
-            assert {"train": place < len(bought) - 2, "valid": place == len(bought) - 2, "test": place == len(bought) - 1}[split]
+            assert {"train": place < len(bought) - 2, "valid": place == len(bought) - 2, "test": place == len(bought) - 1}[
+                split
+            ]
             seen.add((positive["user"], place))
             assert len({row["item"] for row in rows}) == len(rows)
             for row in rows:

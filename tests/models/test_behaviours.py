@@ -17,6 +17,7 @@ from ctrlib.models.behaviours import ActivationUnit, Steps, TargetAttention
 from ctrlib.ragged import segment_ids
 from ctrlib.schema import FieldLayout
 from tests.reference import behaviours as reference
+from tests.reference.mlp import Layers
 
 Array = npt.NDArray[np.float64]
 
@@ -29,9 +30,10 @@ def steps(lengths: list[int], width: int, seed: int = 0) -> Steps:
     return Steps(h_NW, offsets, segment_ids(offsets, len(h_NW)), torch.ones(len(h_NW), dtype=torch.bool))
 
 
-def layers(unit: ActivationUnit) -> list[tuple[Array, Array]]:
+def layers(unit: ActivationUnit) -> Layers:
     linears = [m for m in unit.modules() if isinstance(m, nn.Linear)]
-    return [(m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in linears]
+    weights = [m.weight.detach().double().numpy() for m in linears]
+    return [(w, None if m.bias is None else m.bias.detach().double().numpy()) for w, m in zip(weights, linears, strict=True)]
 
 
 def unit(hidden: tuple[int, ...], activation: Any, width: int, outputs: int) -> ActivationUnit:
@@ -112,8 +114,8 @@ def test_the_recent_ones_by_hand() -> None:
     s = steps([2, 0, 4], 1)
     h_NW = torch.tensor([[1.0], [2], [3], [4], [5], [6]])
     s = Steps(h_NW, s.offsets_B1, s.row_N, torch.tensor([1, 1, 1, 0, 1, 1]) > 0)
-    for length, expected in ((1, [[2.0], [0], [6]]), (3, [[2.0, 1, 0], [0, 0, 0], [6, 5, 3]])):
-        block_BLW, there_BL = s.recent(h_NW, length)
+    for expected in ([[2.0], [0.0], [6.0]], [[2.0, 1, 0], [0.0, 0, 0], [6.0, 5, 3]]):
+        block_BLW, there_BL = s.recent(h_NW, len(expected[0]))
         assert block_BLW.squeeze(2).tolist() == expected
         assert there_BL.tolist() == [[v > 0 for v in row] for row in expected]
     none = steps([0, 0], 2)
@@ -125,7 +127,7 @@ def test_attention_is_the_formula_row_by_row(norm: str) -> None:
     m, lengths = attention(norm), [3, 0, 1, 2]
     s = steps(lengths, 3)
     c_BW = torch.randn(4, 3, dtype=torch.float64)
-    parts = s.h_NW.split(lengths)
+    parts = torch.split(s.h_NW, lengths)
     expected = [reference.attend(h.numpy(), c.numpy(), layers(m.unit), "tanh", norm) for h, c in zip(parts, c_BW, strict=True)]
     np.testing.assert_allclose(m(s, c_BW).detach().numpy(), expected, rtol=0, atol=1e-12)
     assert not m(s, c_BW)[1].any()
@@ -143,7 +145,7 @@ def test_padding_is_not_read_whatever_its_vectors_are(norm: str) -> None:
     m, lengths = attention(norm), [3, 0, 1, 2]
     s, c_BW = steps(lengths, 3), torch.randn(4, 3, dtype=torch.float64)
     huge = 1e6 * torch.randn(4, 2, 3, dtype=torch.float64)
-    parts = [torch.cat([huge[b, :1], h, huge[b, 1:]]) for b, h in enumerate(s.h_NW.split(lengths))]
+    parts = [torch.cat([huge[b, :1], h, huge[b, 1:]]) for b, h in enumerate(torch.split(s.h_NW, lengths))]
     padded = steps([n + 2 for n in lengths], 3)
     real_N = torch.cat([torch.tensor([False, *[True] * n, False]) for n in lengths])
     padded = Steps(torch.cat(parts), padded.offsets_B1, padded.row_N, real_N)
@@ -162,7 +164,7 @@ def as_padded(m: TargetAttention, s: Steps, c_BW: Tensor) -> Tensor:
     """The same attention on a block [B, L, W] with everything side by side, as other libraries do."""
     lengths = s.offsets_B1.diff().tolist()
     longest = max(lengths)
-    parts = [torch.cat([h, h.new_zeros(longest - len(h), h.shape[1])]) for h in s.h_NW.split(lengths)]
+    parts = [torch.cat([h, h.new_zeros(longest - len(h), h.shape[1])]) for h in torch.split(s.h_NW, lengths)]
     h_BLW, there_BL = torch.stack(parts), torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
     c_BLW = c_BW.unsqueeze(1).expand_as(h_BLW)
     x = m.unit.first(torch.cat([h_BLW, c_BLW, h_BLW - c_BLW, h_BLW * c_BLW], dim=2))

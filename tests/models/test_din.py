@@ -22,7 +22,7 @@ from ctrlib.schema import HistoryColumn, SequenceColumn
 from tests.models.histories import LAYOUT, TWO_LABELS, behaviours, rows, with_behaviours
 from tests.models.small import awake, make
 from tests.reference import behaviours as reference
-from tests.reference.mlp import mlp
+from tests.reference.mlp import Layers, mlp
 
 Array = npt.NDArray[np.float64]
 EMBEDDING = FeatureEmbedding.Config(dim=4, init_std=0.5)
@@ -38,9 +38,10 @@ def din(layout: Any = LAYOUT, norm: Any = "none", **options: Any) -> DIN:
     return cast(DIN, awake(make(DIN.Config(**(chosen | options)), layout)))
 
 
-def layers(module: nn.Module) -> list[tuple[Array, Array]]:
+def layers(module: nn.Module) -> Layers:
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return [(m.weight.detach().double().numpy(), m.bias.detach().double().numpy()) for m in linears]
+    weights = [m.weight.detach().double().numpy() for m in linears]
+    return [(w, None if m.bias is None else m.bias.detach().double().numpy()) for w, m in zip(weights, linears, strict=True)]
 
 
 @pytest.mark.parametrize("norm", ["none", "softmax", "sigmoid"])

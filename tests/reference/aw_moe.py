@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from tests.reference.behaviours import Layers, attend, unit
-from tests.reference.mlp import mlp
+from tests.reference.behaviours import attend, unit
+from tests.reference.mlp import Layers, mlp
 
 Array = npt.NDArray[np.float64]
 
 
 def gate(h: Array, c: Array, gate_unit: Layers, activation_unit: Layers, activation: str) -> Array:
     """Σ_j a_j r_j over the behaviours h [n, d] of one row → [K]."""
-    total = np.zeros(len(gate_unit[-1][1]))
+    total = np.zeros(len(gate_unit[-1][0]))
     for behaviour in h:
         a = float(unit(behaviour, c, activation_unit, activation)[0])
         r = unit(behaviour, c, gate_unit, activation)
@@ -30,7 +32,7 @@ def logit(
     attention: Layers,
     gate_unit: Layers,
     activation_unit: Layers,
-    experts: list[Layers],
+    experts: Sequence[Layers],
     empty: Array,
     activation: str,
 ) -> float:
@@ -40,5 +42,5 @@ def logit(
     g = gate(h, c, gate_unit, activation_unit, activation) if len(h) else empty
     total = 0.0
     for k, layers in enumerate(experts):
-        total += float(g[k]) * float(mlp(x, list(layers[:-1]), activation, layers[-1])[0])
+        total += float(g[k]) * float(mlp(x, layers[:-1], activation, layers[-1])[0])
     return total

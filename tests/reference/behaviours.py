@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tests.reference.mlp import ACTIVATIONS, linear
+from tests.reference.mlp import ACTIVATIONS, Layers, linear
 
 Array = npt.NDArray[np.float64]
-Layers = Sequence[tuple[Array, Array]]
 
 
 def unit(h: Array, c: Array, layers: Layers, activation: str) -> Array:

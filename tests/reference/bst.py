@@ -41,7 +41,7 @@ def layer(x: Array, w: dict[str, Any], num_heads: int) -> Array:
             part = slice(head * size, (head + 1) * size)
             for j in range(length):
                 mixed[part] += attended[head, i, j] * value[j][part]
-        z = layer_norm(x[i] + linear(mixed, w["output"], None), *w["norm_attention"], 1e-5)
+        z = layer_norm(x[i] + linear(mixed, w["output"], None), w["norm_attention"][0], w["norm_attention"][1], 1e-5)
         hidden = np.array([ACTIVATIONS["leaky_relu"](float(v)) for v in linear(z, *w["ffn_in"])])
-        out[i] = layer_norm(z + linear(hidden, *w["ffn_out"]), *w["norm_ffn"], 1e-5)
+        out[i] = layer_norm(z + linear(hidden, *w["ffn_out"]), w["norm_ffn"][0], w["norm_ffn"][1], 1e-5)
     return out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Layer = tuple[Array, Array | None]  # weight, bias
+Layers = Sequence[Layer]
 
 
 def erf_gelu(z: float) -> float:
@@ -46,7 +48,7 @@ def layer_norm(x: Array, gain: Array, shift: Array, eps: float) -> Array:
     )
 
 
-def mlp(x: Array, hidden: list[tuple[Array, Array]], activation: str, last: tuple[Array, Array] | None) -> Array:
+def mlp(x: Array, hidden: Layers, activation: str, last: Layer | None) -> Array:
     """x [F, D] → [last width]; each layer is (weight, bias)."""
     h = np.array([v for row in x for v in row])
     for weight, bias in hidden:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tests.reference.mlp import linear, mlp
+from tests.reference.mlp import Layer, Layers, linear, mlp
 
 Array = npt.NDArray[np.float64]
-Layers = Sequence[tuple[Array, Array]]
 
 
 def softmax(scores: Array, top_k: int | None = None) -> list[float]:
@@ -21,18 +20,18 @@ def softmax(scores: Array, top_k: int | None = None) -> list[float]:
     return [p / sum(powers) for p in powers]
 
 
-def plain(x: Array, gate: tuple[Array, Array], experts: list[Layers], top_k: int | None = None) -> float:
+def plain(x: Array, gate: Layer, experts: Sequence[Layers], top_k: int | None = None) -> float:
     """x [F, D] → Σ_k softmax(G x)_k s_k(x)."""
     g = softmax(linear(x.ravel(), *gate), top_k)
-    return sum(w * float(mlp(x, list(layers[:-1]), "relu", layers[-1])[0]) for w, layers in zip(g, experts, strict=True))
+    return sum(w * float(mlp(x, layers[:-1], "relu", layers[-1])[0]) for w, layers in zip(g, experts, strict=True))
 
 
-def multi_gate(x: Array, gates: list[tuple[Array, Array]], experts: list[Layers], towers: list[Layers]) -> list[float]:
+def multi_gate(x: Array, gates: Sequence[Layer], experts: Sequence[Layers], towers: Sequence[Layers]) -> list[float]:
     """x [F, D] → a logit for every label; experts end with a hidden layer."""
-    seen = [mlp(x, list(layers), "relu", None) for layers in experts]
+    seen = [mlp(x, layers, "relu", None) for layers in experts]
     logits = []
     for gate, tower in zip(gates, towers, strict=True):
         g = softmax(linear(x.ravel(), *gate))
         mixed = sum((w * vector for w, vector in zip(g, seen, strict=True)), start=np.zeros_like(seen[0]))
-        logits.append(float(mlp(mixed.reshape(1, -1), list(tower[:-1]), "relu", tower[-1])[0]))
+        logits.append(float(mlp(mixed.reshape(1, -1), tower[:-1], "relu", tower[-1])[0]))
     return logits
