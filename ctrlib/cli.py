@@ -268,7 +268,7 @@ def _top(text: str) -> int | float:
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run or artifact folder.")],
     data: Annotated[str, typer.Argument(help="Raw rows with labels, or the store that the model was trained from.")],
-    by: Annotated[str | None, typer.Option(help="Also print a table per value of this column.")] = None,
+    by: Annotated[str | None, typer.Option(help="Also print a table per value of this column; of lists, per length.")] = None,
 ) -> None:
     """Print the metrics of a saved model on new rows, as JSON; with --by, a table per segment."""
     report = experiment.evaluate_run(run, data, by=by)
@@ -306,7 +306,7 @@ def run(
 def _print_report(report: dict[str, Any]) -> None:
     rows = ", ".join(f"{name} {count:,}" for name, count in report["rows"].items())
     print(f"{report['model']}: {report['parameters']:,} parameters; rows: {rows}; best epoch {report['best_epoch']:g}")
-    metrics = ("auc", "gauc", "log_loss", "normalized_entropy", "ece", "copc")
+    metrics = ("auc", "gauc", "ndcg@10", "log_loss", "normalized_entropy", "ece", "copc")
     for split in ("valid", "test"):
         if split in report:
             print(f"{split:<6}" + "".join(f"  {m} {report[split][m]:.5f}" for m in metrics if m in report[split]))
@@ -314,10 +314,12 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _print_segments(by: str, segments: list[dict[str, Any]]) -> None:
-    columns = ("rows", "label_rate", "auc", "log_loss", "ece", "copc")
+    ranking = ("ndcg@10", "mrr", "hr@10", "recall@10", "auc@10")
+    known = ("rows", "groups", "label_rate", "auc", "gauc", *ranking, "log_loss", "ece", "copc")
+    columns = [column for column in known if column in segments[0]]
     names = [str(s["segment"]) for s in segments]
     width = max(map(len, [by, *names]))
     print(f"\n{by:<{width}}" + "".join(f"{c:>12}" for c in columns))
     for name, segment in zip(names, segments, strict=True):
-        cells = "".join(f"{segment[c]:>12,}" if c == "rows" else f"{segment[c]:>12.5f}" for c in columns)
+        cells = "".join(f"{segment[c]:>12,}" if isinstance(segment[c], int) else f"{segment[c]:>12.5f}" for c in columns)
         print(f"{name:<{width}}{cells}")

@@ -16,13 +16,15 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ctrlib import artifact
@@ -36,12 +38,13 @@ from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.files import check_new_folder, json_text, new_folder, write_json
 from ctrlib.memory import model_cross_memory
-from ctrlib.metrics import by_segment, summarize
+from ctrlib.metrics import by_segment
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
+from ctrlib.ranking_metrics import by_history_length, history_segments
 from ctrlib.schema import BatchLayout, DataError, Schema, SparseField
-from ctrlib.training import Batches, FitConfig, evaluate, fit, predict, seed_everything
+from ctrlib.training import Batches, FitConfig, evaluate, fit, measure, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 
@@ -521,7 +524,9 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
     Args:
         run: a run or artifact folder.
         data: rows with labels, or a store made by the same encoder.
-        by: a column; adds ``"segments"``, one entry per value (deciles of a number with over 50 values).
+        by: a column; adds ``"segments"``, one entry per value (deciles of a number with over 50 values). Of a column of
+            lists it is one per bucket of their lengths; with a group in the data, those of
+            :func:`ctrlib.ranking_metrics.by_history_length`.
 
     Raises:
         DataError: the data lacks a column, or the store was made by another encoder.
@@ -543,11 +548,23 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
     table.require([by], ", by which to segment")
     if len(labels) > 1:
         raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
-    segments = _segments(table, by)
+    lengths = _lengths(table, by)
+    segments: Sequence[object] = _segments(table, by) if lengths is None else history_segments(lengths)
     seen = predict(loaded.model, loaded.batches(table, labels=True))
     assert seen.labels is not None
-    report: dict[str, Any] = dict(summarize(seen.labels, seen.probability, weight=seen.weight, group=seen.group))
-    return report | {"segments": by_segment(segments, seen.labels, seen.probability, weight=seen.weight)}
+    if lengths is not None and seen.group is not None:
+        found = by_history_length(lengths, seen.labels, seen.logits, seen.group)
+    else:
+        found = by_segment(segments, seen.labels, seen.probability, weight=seen.weight)
+    return measure(seen) | {"segments": found}
+
+
+def _lengths(table: Source, by: str) -> npt.NDArray[np.int64] | None:
+    """Values in every list of a column; a missing list has none. ``None``: the column holds no lists."""
+    if not (pa.types.is_list(table.types[by]) or pa.types.is_large_list(table.types[by])):
+        return None
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(table.column(by)).fill_null(0).to_numpy(zero_copy_only=False)
+    return lengths
 
 
 def _segments(table: Source, by: str) -> list[object]:

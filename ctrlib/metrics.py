@@ -29,7 +29,7 @@ def auc(labels: ArrayLike, scores: ArrayLike, weight: ArrayLike | None = None) -
     Returns:
         A number in [0, 1]; ``nan`` if only one class is present.
     """
-    y_N, s_N, w_N = _rows(labels, scores, weight, "scores")
+    y_N, s_N, w_N = checked_rows(labels, scores, weight, "scores")
     auc_G, _ = _auc_of_runs(y_N, s_N, w_N, np.argsort(s_N), None)
     return float(auc_G[0]) if len(auc_G) else float("nan")
 
@@ -48,14 +48,8 @@ def gauc(labels: ArrayLike, scores: ArrayLike, group: ArrayLike, weight: ArrayLi
     Returns:
         A number in [0, 1]; ``nan`` if no group has both classes.
     """
-    y_N, s_N, w_N = _rows(labels, scores, weight, "scores")
-    group_N = np.asarray(group)
-    if group_N.dtype.kind in "OT":
-        group_N = group_N.astype(str)
-    if group_N.shape != y_N.shape or group_N.dtype.kind not in "biuUS":
-        raise DataError(
-            f"group is {group_N.dtype} of shape {group_N.shape}; expected ints or strings of shape {y_N.shape}, one per row"
-        )
+    y_N, s_N, w_N = checked_rows(labels, scores, weight, "scores")
+    group_N = checked_groups(group, y_N)
     auc_G, weight_G = _auc_of_runs(y_N, s_N, w_N, np.lexsort((s_N, group_N)), group_N)
     defined_G = ~np.isnan(auc_G)
     total = weight_G[defined_G].sum()
@@ -70,7 +64,7 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike, weight: ArrayLike | No
         probabilities: [N] in [0, 1].
         weight: [N] row weights.
     """
-    y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     epsilon = np.finfo(np.float64).eps
     clipped_N = np.clip(p_N, epsilon, 1 - epsilon)
     return _ratio(-(w_N * np.log(np.where(y_N > 0, clipped_N, 1 - clipped_N))).sum(), w_N.sum())
@@ -86,7 +80,7 @@ def normalized_entropy(labels: ArrayLike, probabilities: ArrayLike, weight: Arra
         probabilities: [N] in [0, 1].
         weight: [N] row weights.
     """
-    y_N, _, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, _, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     rate = _ratio((w_N * y_N).sum(), w_N.sum())
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)) if 0 < rate < 1 else 0.0
     return _ratio(log_loss(labels, probabilities, weight), entropy)
@@ -109,12 +103,12 @@ def ece(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 20, weight:
     """
     if num_bins < 1:
         raise DataError(f"num_bins is {num_bins}; expected 1 or more")
-    y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     total = w_N.sum()
     if not total > 0:
         return float("nan")
     order_N = np.argsort(p_N)
-    starts_R = _run_starts(p_N[order_N])
+    starts_R = run_starts(p_N[order_N])
     weight_R = np.add.reduceat(w_N[order_N], starts_R)
     excess_R = np.add.reduceat((w_N * (p_N - y_N))[order_N], starts_R)
     middle_R = (np.cumsum(weight_R) - weight_R / 2) / total
@@ -132,7 +126,7 @@ def copc(labels: ArrayLike, probabilities: ArrayLike, weight: ArrayLike | None =
         probabilities: [N] in [0, 1].
         weight: [N] row weights.
     """
-    y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     return _ratio((w_N * p_N).sum(), (w_N * y_N).sum())
 
 
@@ -151,7 +145,7 @@ def summarize(
         ``rows`` (an int, unweighted), ``label_rate``, ``auc``, ``log_loss``, ``normalized_entropy``, ``ece``, ``copc``, and
         ``gauc`` if ``group`` is given.
     """
-    y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     metrics: dict[str, float] = {
         "rows": len(y_N),
         "label_rate": _ratio((w_N * y_N).sum(), w_N.sum()),
@@ -221,7 +215,7 @@ def by_segment(
         For each distinct value: ``segment``, ``rows``, ``label_rate``, ``auc``, ``log_loss``, ``ece``, ``copc``; most rows
         first, then by value, ``None`` last.
     """
-    y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+    y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
     # Arrays and data frame columns turn into plain Python values (and nulls into None) through their own method.
     values = segment.tolist() if hasattr(segment, "tolist") else list(segment)
     if len(values) != len(y_N):
@@ -231,7 +225,7 @@ def by_segment(
         (codes.setdefault(None if v is None or v != v else v, len(codes)) for v in values), np.int64, len(values)
     )
     order_N = np.argsort(code_N, kind="stable")
-    rows_G = np.split(order_N, _run_starts(code_N[order_N])[1:])
+    rows_G = np.split(order_N, run_starts(code_N[order_N])[1:])
     found: list[dict[str, Any]] = []
     for value, rows in zip(codes, rows_G, strict=False):  # without rows there is no value, and one empty piece
         metrics = summarize(y_N[rows], p_N[rows], weight=w_N[rows])
@@ -264,7 +258,7 @@ class StreamingAUC:
 
     def update(self, labels: ArrayLike, probabilities: ArrayLike, weight: ArrayLike | None = None) -> None:
         """Count some rows: labels [N] of 0 and 1, probabilities [N] in [0, 1], weight [N]."""
-        y_N, p_N, w_N = _rows(labels, probabilities, weight, "probabilities")
+        y_N, p_N, w_N = checked_rows(labels, probabilities, weight, "probabilities")
         bin_N = np.searchsorted(self._edges, p_N, side="right")
         self._positive += np.bincount(bin_N, w_N * y_N, len(self._positive))
         self._negative += np.bincount(bin_N, w_N * (1 - y_N), len(self._negative))
@@ -292,7 +286,7 @@ class StreamingAUC:
         return _ratio((self._positive * below_b).sum() + inside, pairs), _ratio(inside, pairs)
 
 
-def _rows(labels: ArrayLike, values: ArrayLike, weight: ArrayLike | None, name: str) -> tuple[Floats, Floats, Floats]:
+def checked_rows(labels: ArrayLike, values: ArrayLike, weight: ArrayLike | None, name: str) -> tuple[Floats, Floats, Floats]:
     """Labels, values and weights as checked float64 arrays [N]; values named ``probabilities`` must lie in [0, 1]."""
     y_N, v_N = np.asarray(labels, dtype=np.float64), np.asarray(values, dtype=np.float64)
     w_N = np.ones_like(y_N) if weight is None else np.asarray(weight, dtype=np.float64)
@@ -308,6 +302,22 @@ def _rows(labels: ArrayLike, values: ArrayLike, weight: ArrayLike | None, name: 
     return y_N, v_N, w_N
 
 
+def checked_groups(group: ArrayLike, y_N: Floats) -> NDArray[Any]:
+    """``group`` as an array [N] of ints or strings.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    group_N = np.asarray(group)
+    if group_N.dtype.kind in "OT":
+        group_N = group_N.astype(str)
+    if group_N.shape != y_N.shape or group_N.dtype.kind not in "biuUS":
+        raise DataError(
+            f"group is {group_N.dtype} of shape {group_N.shape}; expected ints or strings of shape {y_N.shape}, one per row"
+        )
+    return group_N
+
+
 def _refuse(bad_N: NDArray[np.bool_], values_N: Floats, what: str) -> None:
     if bad_N.any():
         first = int(bad_N.argmax())
@@ -318,7 +328,7 @@ def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator > 0 else float("nan")
 
 
-def _run_starts(*sorted_N: NDArray[Any]) -> NDArray[np.intp]:
+def run_starts(*sorted_N: NDArray[Any]) -> NDArray[np.intp]:
     """Where a run of rows that are equal in every one of the arrays begins."""
     changes = np.zeros(len(sorted_N[0]), dtype=np.bool_)
     changes[:1] = True
@@ -335,8 +345,8 @@ def _auc_of_runs(
         return np.zeros(0), np.zeros(0)
     y_N, s_N, w_N = y_N[order_N], s_N[order_N], w_N[order_N]
     sorted_group_N = np.zeros(len(y_N), dtype=np.int8) if group_N is None else group_N[order_N]
-    ties_R = _run_starts(sorted_group_N, s_N)  # runs of one score in one group: their pairs count a half
-    groups_G = _run_starts(sorted_group_N[ties_R])  # positions among the runs
+    ties_R = run_starts(sorted_group_N, s_N)  # runs of one score in one group: their pairs count a half
+    groups_G = run_starts(sorted_group_N[ties_R])  # positions among the runs
     positive_R = np.add.reduceat(w_N * y_N, ties_R)
     negative_R = np.add.reduceat(w_N * (1 - y_N), ties_R)
     before_R = np.cumsum(negative_R) - negative_R

@@ -25,6 +25,7 @@ from ctrlib.losses import total_loss
 from ctrlib.metrics import summarize, summarize_tasks
 from ctrlib.optim import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer
 from ctrlib.progress import Tracker, track
+from ctrlib.ranking_metrics import summarize_ranking
 from ctrlib.schema import DataError
 
 Monitor = Literal["auc", "log_loss", "auc-log_loss", "gauc"]
@@ -197,7 +198,8 @@ def evaluate(
     precision: Precision = "fp32",
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Metrics of the model over ``batches``: :func:`ctrlib.metrics.summarize`, or ``summarize_tasks`` for several labels.
+    """Metrics of the model over ``batches``: :func:`ctrlib.metrics.summarize`, or ``summarize_tasks`` for several labels; for
+    one label in groups also :func:`ctrlib.ranking_metrics.summarize_ranking`.
 
     Args:
         model: ``Batch → Output``.
@@ -208,7 +210,20 @@ def evaluate(
     Raises:
         DataError: there is no batch, or it has no labels.
     """
-    return _summary(predict(model, batches, precision=precision, device=device), label_names)
+    return measure(predict(model, batches, precision=precision, device=device), label_names)
+
+
+def measure(predictions: Predictions, label_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What :func:`evaluate` returns, from predictions made before.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    metrics = _summary(predictions, label_names)
+    # not in every validation of a training: each metric more is a sort of the rows
+    if predictions.group is None or predictions.labels is None or predictions.labels.ndim > 1:
+        return metrics
+    return metrics | summarize_ranking(predictions.labels, predictions.logits, predictions.group)
 
 
 def fit(

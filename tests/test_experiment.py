@@ -20,8 +20,9 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, evaluate_run, prepare, run_experiment, train
 from ctrlib.files import finite
+from ctrlib.ranking_metrics import by_history_length
 from ctrlib.schema import DataError, Schema, SparseField
-from ctrlib.training import FitResult, TrainingDivergedError
+from ctrlib.training import FitResult, TrainingDivergedError, predict
 from tests.clicks import SCHEMA, clicks, tiny, write
 
 
@@ -114,7 +115,8 @@ def test_the_best_weights_are_saved(run: Path) -> None:
     assert max(aucs) > aucs[-1]  # else the test shows nothing
     assert report["best_epoch"] == 1 + int(np.argmax(aucs))
     assert report["valid"]["auc"] == max(aucs)
-    assert report["valid"] == history[int(np.argmax(aucs))]["valid"]
+    best = history[int(np.argmax(aucs))]["valid"]
+    assert {name: report["valid"][name] for name in best} == best  # the report has the ranking metrics too
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_saved_models_scores(run: Path, data: Path) -> None:
@@ -478,6 +480,19 @@ class TestEvaluate:
                 assert low < high
                 assert len(inside) >= segment["rows"]
 
+    def test_segments_of_lists_are_their_lengths(self, run: Path, data: Path) -> None:
+        table = pq.read_table(data / "test.parquet")
+        segments = evaluate_run(run, table, by="genres")["segments"]
+        lengths = np.array([len(v or []) for v in table["genres"].to_pylist()])
+        loaded = artifact.load(run)
+        seen = predict(loaded.model, loaded.batches(table, labels=True))
+        assert seen.labels is not None
+        assert seen.group is not None
+        expected = by_history_length(lengths, seen.labels, seen.logits, seen.group)
+        assert [s["segment"] for s in segments] == [s["segment"] for s in expected]
+        assert segments[-1] == pytest.approx(expected[-1], nan_ok=True)
+        assert (segments[-1]["segment"], segments[-1]["rows"]) == ("all", 401)
+
     def test_segments_of_a_column_without_values(self, run: Path, data: Path) -> None:
         table = pq.read_table(data / "test.parquet").append_column("gone", pa.array([float("nan")] * 401))
         (segment,) = evaluate_run(run, table, by="gone")["segments"]
@@ -485,8 +500,9 @@ class TestEvaluate:
 
     def test_what_cannot_be_evaluated_is_refused(self, run: Path, data: Path, store: Path, tmp_path: Path) -> None:
         table = pq.read_table(data / "test.parquet")
-        with pytest.raises(DataError, match=r"column 'genres' .*segments need one value a row"):
-            evaluate_run(run, table, by="genres")
+        pairs = pa.StructArray.from_arrays([pa.array(range(401))], ["x"])
+        with pytest.raises(DataError, match=r"column .pairs. .*segments need one value a row"):
+            evaluate_run(run, table.append_column("pairs", pairs), by="pairs")
         with pytest.raises(DataError, match="no column 'town', by which to segment"):
             evaluate_run(run, table, by="town")
         with pytest.raises(DataError, match="no column 'label'"):

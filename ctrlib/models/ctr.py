@@ -150,9 +150,13 @@ class CTRModel(ModelComponent):
         logits = y_BFD.flatten(1) if self.head is None else cast(Tensor, self.head(y_BFD))
         return logits.squeeze(1) if logits.shape[1] == 1 else logits
 
-    def forward(self, batch: Batch) -> Output:
-        logits = self.net(self.embedding(batch))
+    def score(self, batch: Batch, x_BFD: Tensor) -> Tensor:
+        """A batch and its tokens → logits [B] or [B, T]."""
+        logits = self.net(x_BFD)
         if self.first_order is not None:
             wide, total = self.first_order
             logits = logits + total(wide(batch)).flatten()
-        return Output(logits)
+        return logits
+
+    def forward(self, batch: Batch) -> Output:
+        return Output(self.score(batch, self.embedding(batch)))

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ctrlib.config import ConfigError, Table
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.interactions.afm import AFM
 from ctrlib.interactions.afn import LogTransform
 from ctrlib.interactions.aoanet import GeneralizedInteraction
@@ -55,6 +56,7 @@ from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.aw_moe import AWMoE
 from ctrlib.models.behaviours import ActivationUnit, TargetAttention
 from ctrlib.models.bst import BST
+from ctrlib.models.contrastive import ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.din import DIN
 from ctrlib.models.ensemble import EnsembleModel
@@ -64,6 +66,7 @@ from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.moe import Experts, MoE
 from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.models.optinter import OptInter
+from ctrlib.models.two_tower import TwoTower
 from ctrlib.schema import suggest
 
 Flavour = Literal["paper", "fuxictr", "official"]
@@ -803,6 +806,9 @@ COMPONENTS: Table = {
         IFM,
         OptInter,
         AutoFIS,
+        AdaptiveFusion,
+        ContrastiveModel,
+        TwoTower,
         ActivationUnit,
         TargetAttention,
         Experts,

@@ -1,0 +1,278 @@
+"""A contrastive loss beside any CTRModel: two views of a row, made by leaving out fields, tell it from the other rows.
+
+After the outline in the abstract of "contrastive learning for cold-start recommendation with adaptive feature fusion" (Hu,
+An, Yu, Du & Luo, arXiv:2502.03664), whose text could not be read: views, weights and places of the losses are our own choice.
+
+NOTE[DIFF] the abstract also names a module that mines relations in a graph; there is none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctrlib.batch import Batch, Output
+from ctrlib.config import ConfigError, check_choice, check_not_negative, fraction, positive
+from ctrlib.interactions.base import Interaction, build, evaluating
+from ctrlib.losses import Similarity, info_nce
+from ctrlib.models.ctr import CTRModel, initialize
+from ctrlib.schema import OOV_ID, PADDING_ID, BatchLayout, suggest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastConfig:
+    """How views are made, and how much their likeness counts. The defaults are our choice.
+
+    Args:
+        weight: λ of the loss; with 0 there are no views, and no random number is drawn for them.
+        temperature: τ of :func:`~ctrlib.losses.info_nce`.
+        similarity: of two views.
+        field_mask: chance that a field is left out of a view. A row keeps at least one field.
+        id_mask: the same for the model's ``id_fields``.
+        feature_dropout: of the coordinates of the fields that stay.
+    """
+
+    weight: float = 0.1
+    temperature: float = 0.15
+    similarity: Similarity = "cosine"
+    field_mask: float = 0.25
+    id_mask: float = 0.5
+    feature_dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_not_negative("contrast.weight", self.weight)
+        positive("contrast.temperature", self.temperature)
+        check_choice("contrast.similarity", self.similarity, get_args(Similarity))
+        for name in ("field_mask", "id_mask", "feature_dropout"):
+            fraction(f"contrast.{name}", getattr(self, name))
+
+
+def view(x_BFD: Tensor, chance_F: Tensor, dropout: float) -> Tensor:
+    """A random view of tokens: fields become zero vectors with their chance, coordinates of the others by dropout.
+
+    A row keeps one of its present fields at least (a field is present unless its token is a zero vector).
+    """
+    present_BF = (x_BFD != 0).any(-1)
+    margin_BF = (torch.rand(present_BF.shape, device=x_BFD.device) - chance_F).masked_fill(~present_BF, -2.0)
+    keep_BF = (margin_BF >= 0) | (margin_BF == margin_BF.amax(1, keepdim=True))
+    return F.dropout(x_BFD * keep_BF.unsqueeze(-1), dropout)
+
+
+class Contrast(nn.Module):
+    """λ·InfoNCE of two views of some fields, as an encoder sees them; rows of the same ids are no negatives of one another.
+
+        L = ½·(−1/B) Σ_i [ln softmax_j(s(z′_i, z″_j)/τ)_i + ln softmax_j(s(z″_i, z′_j)/τ)_i]
+
+    z′, z″ are the flattened outputs of the encoder. Rows that agree in all sparse ``fields`` are the same thing seen twice, so
+    they are left out of each other's denominators. It has no parameters of its own.
+
+    Args:
+        config: see :class:`ContrastConfig`.
+        fields: of the views; the tokens of all others are zero vectors there.
+        id_fields: those among them that have ``id_mask``.
+        names: of all tokens.
+        layout: of the batches.
+    """
+
+    def __init__(
+        self,
+        config: ContrastConfig,
+        fields: Sequence[str],
+        id_fields: Sequence[str],
+        names: Sequence[str],
+        layout: BatchLayout,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.chance: Tensor
+        self.mine: Tensor
+        chances = [config.id_mask if name in id_fields else config.field_mask for name in names]
+        self.register_buffer("chance", torch.tensor(chances), persistent=False)
+        self.register_buffer("mine", torch.tensor([[name in fields] for name in names]), persistent=False)
+        self.identity = Identity([i for i, c in enumerate(layout.sparse) if c.name in fields])
+
+    def forward(self, batch: Batch, x_BFD: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The batch as it came, its tokens, the encoder → a scalar."""
+        x_BFD = x_BFD * self.mine
+        first_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
+        second_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
+        return self.config.weight * info_nce(
+            first_BK,
+            second_BK,
+            temperature=self.config.temperature,
+            similarity=self.config.similarity,
+            exclude_BB=self.identity.same(batch),
+            symmetric=True,
+        )
+
+
+def check_encoder(what: str, block: Interaction) -> None:
+    """Raise :class:`ConfigError` if a block that also scores whole rows cannot encode views."""
+    if block.out.width == 1:
+        raise ConfigError(
+            f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a "
+            "block that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
+        )
+    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in block.modules()):
+        raise ConfigError(
+            f"{what} ({type(block).__name__}) has batch norms, whose running statistics would be those of views and whole rows "
+            "mixed; set encoder to a block of its own, or choose another norm"
+        )
+
+
+class Identity(nn.Module):
+    """Which rows of a batch agree in some sparse columns.
+
+    Rows are compared by a 64-bit hash of their ids: equal rows always agree, and that others do has a chance of 2⁻⁶⁴ a pair.
+    """
+
+    def __init__(self, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.columns: Tensor
+        self.factors: Tensor
+        factors = torch.randint(-(2**63), 2**63 - 1, (len(columns),), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("columns", torch.tensor(list(columns), dtype=torch.int64), persistent=False)
+        self.register_buffer("factors", factors, persistent=False)
+
+    def same(self, batch: Batch) -> Tensor | None:
+        """[B, B], True where two rows agree; ``None``: there are no columns to compare."""
+        if not len(self.columns):
+            return None
+        code_B = (batch.sparse.index_select(1, self.columns).long() * self.factors).sum(1)
+        return code_B.unsqueeze(1) == code_B.unsqueeze(0)
+
+
+class KnownIds(nn.Module):
+    """Ids that say nothing become padding, whose token is a zero vector: those unseen in training, and dropped ones.
+
+    So a cold user or item reads no row of its table, neither a stranger's nor the OOV row, and the model has learned in
+    training to do without.
+
+    Args:
+        fields: sparse fields of ids.
+        dropout: chance that a known id is dropped in training; 0 draws no random number.
+        layout: of the batches.
+
+    Raises:
+        ConfigError: a field that is not sparse, or a chance outside [0, 1).
+    """
+
+    def __init__(self, fields: Sequence[str], dropout: float, layout: BatchLayout) -> None:
+        super().__init__()
+        fraction("id_dropout", dropout)
+        names = [c.name for c in layout.sparse]
+        for name in fields:
+            if name not in names:
+                raise ConfigError(f"id_fields names {name!r}, which is no sparse field of the data{suggest(name, names)}")
+        if dropout and not fields:
+            raise ConfigError(f"id_dropout is {dropout}, but id_fields is empty; name the fields that hold ids")
+        self.dropout = dropout
+        self.columns: Tensor
+        self.register_buffer("columns", torch.tensor([names.index(n) for n in fields], dtype=torch.int64), persistent=False)
+
+    def forward(self, batch: Batch) -> Batch:
+        if not len(self.columns):
+            return batch
+        ids_BI = batch.sparse.index_select(1, self.columns)
+        gone_BI = ids_BI <= OOV_ID
+        if self.training and self.dropout > 0:
+            gone_BI = gone_BI | (torch.rand(ids_BI.shape, device=ids_BI.device) < self.dropout)
+        return replace(batch, sparse=batch.sparse.index_copy(1, self.columns, ids_BI.masked_fill(gone_BI, PADDING_ID)))
+
+
+class ContrastiveModel(CTRModel):
+    """:class:`CTRModel` with a contrastive loss on views of its fields (:class:`Contrast`), in training only.
+
+    The tokens of a row are looked up once; each of ``views_of`` costs two passes of the encoder more. With ``weight=0`` and
+    without ``id_fields`` it is the plain model to the bit. Memory of the loss: some [B, B] tensors.
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(CTRModel.Config):
+        """
+        Args:
+            contrast: see :class:`ContrastConfig`.
+            views_of: groups of fields, with a loss for each, such as those of the user and those of the item; empty: one loss
+                on views of all fields.
+            encoder: a block of its own that encodes the views, of which then only the embedding learns; ``None``: the
+                interaction, which must return more than a logit.
+            id_fields: sparse fields of ids that count as padding where training has not seen them, see :class:`KnownIds`.
+            id_dropout: chance that such an id is dropped in training; for cold items, .3 to .5.
+        """
+
+        contrast: ContrastConfig = field(default_factory=ContrastConfig)
+        views_of: tuple[tuple[str, ...], ...] = ()
+        encoder: Interaction.Config | None = None
+        id_fields: tuple[str, ...] = ()
+        id_dropout: float = 0.0
+
+    def __init__(self, config: Config, layout: BatchLayout) -> None:
+        super().__init__(config, layout)
+        self.known = KnownIds(config.id_fields, config.id_dropout, layout)
+        self.contrasts = nn.ModuleList()
+        self.encoder: Interaction | None = None
+        if config.contrast.weight == 0:
+            return
+        names = self.embedding.out.names
+        for fields in config.views_of or (names,):
+            for name in fields:
+                if name not in names:
+                    raise ConfigError(f"views_of names {name!r}, which the model does not read{suggest(name, names)}")
+            self.contrasts.append(Contrast(config.contrast, fields, config.id_fields, names, layout))
+        if config.encoder is not None:
+            self.encoder = build(config.encoder, self.embedding.out)
+            initialize(self.encoder, config.weight_init)
+            return
+        check_encoder("the interaction", self.interaction)
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What the plain model shows."""
+        return super().explain(self.known(batch))
+
+    def forward(self, batch: Batch) -> Output:
+        known: Batch = self.known(batch)
+        x_BFD = self.embedding(known)
+        logits = self.score(known, x_BFD)
+        if not self.training or not len(self.contrasts):
+            return Output(logits)
+        encode = self.interaction if self.encoder is None else self.encoder
+        return Output(logits, {"contrastive": torch.stack([loss(batch, x_BFD, encode) for loss in self.contrasts]).sum()})
+
+
+def contrastive(
+    model: CTRModel.Config,
+    contrast: ContrastConfig | None = None,
+    *,
+    views_of: tuple[tuple[str, ...], ...] = (),
+    encoder: Interaction.Config | None = None,
+    id_fields: tuple[str, ...] = (),
+    id_dropout: float = 0.0,
+) -> ContrastiveModel.Config:
+    """``model`` with a contrastive loss; the options are those of :class:`ContrastiveModel`.
+
+    Raises:
+        ConfigError: ``model`` is not a plain CTRModel.
+    """
+    if type(model) is not CTRModel.Config:
+        raise ConfigError(
+            f"the model is a {type(model).component.__name__}; expected a CTRModel (dnn, deepfm, dcnv2, autoint, …), whose "
+            "tokens can be left out one by one"
+        )
+    return ContrastiveModel.Config(
+        embedding=model.embedding,
+        weight_init=model.weight_init,
+        interaction=model.interaction,
+        head=model.head,
+        first_order=model.first_order,
+        contrast=contrast or ContrastConfig(),
+        views_of=views_of,
+        encoder=encoder,
+        id_fields=id_fields,
+        id_dropout=id_dropout,
+    )

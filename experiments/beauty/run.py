@@ -1,0 +1,24 @@
+"""AW-MoE and its baselines on Amazon Beauty: ``python -m experiments.beauty.run`` (heavy: five models, five seeds).
+
+Writes a JSON for every model and seed into ``results/``, the tables, README.md, and a plot. What is there already is not run
+again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/s3rec-beauty`` (default ``../shared/data``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.sequences import Sequences, script
+
+EXPERIMENT = Sequences(
+    module="experiments.beauty.run",
+    title="Amazon Beauty: users with short and long histories",
+    text="""The next item of a user among random items that the user never met; items have several attributes. The last
+interaction of every user is for test, the one before for validation ([the script](../../datasets/beauty.py)).""",
+    script="beauty.py",
+    raw="s3rec-beauty",
+    folder=Path(__file__).resolve().parent,
+)
+
+if __name__ == "__main__":
+    script(EXPERIMENT, __doc__)

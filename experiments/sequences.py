@@ -1,0 +1,250 @@
+"""What the experiments on behaviour sequences share: the models, the runs, long-tail tables, paired differences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ctrlib import artifact
+from ctrlib.config import ConfigError, to_json
+from ctrlib.cpu import tune_cpu
+from ctrlib.data.loader import Loader
+from ctrlib.data.store import Store
+from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
+from ctrlib.files import json_text, write_json, write_text
+from ctrlib.ranking_metrics import by_history_length, history_table, plot_by_history_length
+from ctrlib.schema import DataError, suggest
+from ctrlib.training import predict
+from experiments import seeds
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data"))
+
+# By name, the preset and its options. All have one width of embeddings, and stop by GAUC, as all are ranked within sessions.
+COMMON = {"model.embedding.dim": "16", "fit.monitor": "gauc", "fit.epochs": "20"}
+MODELS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "dnn": ("dnn", {}),
+    "din": ("din", {}),
+    "moe": ("moe", {}),
+    "aw_moe_plain": ("aw_moe", {"model.contrast.weight": "0"}),
+    "aw_moe": ("aw_moe", {"model.contrast.user": "user"}),
+}
+MAIN, BASELINES = "aw_moe", ("din", "moe", "aw_moe_plain", "dnn")
+ASKED = ("din", "moe")  # the baselines that AW-MoE is asked to reach
+OVERALL = ("auc", "gauc", "ndcg@10", "mrr", "hr@10", "auc@10")
+COMPARED = ("gauc", "ndcg@10")
+LONG_TAIL = "≤5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """An experiment.
+
+    Args:
+        module: of its ``run.py``.
+        title: of its page.
+        text: of the data.
+        script: in ``datasets/``, which writes train, valid and test Parquet, and the schema.
+        raw: its folder of raw files, below ``$CTRLIB_DATA``.
+        folder: of the experiment: ``results/`` and README.md.
+    """
+
+    module: str
+    title: str
+    text: str
+    script: str
+    raw: str
+    folder: Path
+
+    def settings(self, name: str, options: argparse.Namespace) -> dict[str, Any]:
+        """What decides a result, besides the seed."""
+        settings: dict[str, Any] = json.loads(json_text({"sessions": options.sessions, "run": to_json(config(name, options))}))
+        return settings
+
+    def store(self, scratch: Path, sessions: int | None) -> Store:
+        """The data, encoded; of the first sessions of each split, for a quick look."""
+        source = scratch / "data"
+        command = [sys.executable, str(ROOT / "datasets" / self.script), "--raw", str(RAW / self.raw), "--out", str(source)]
+        if subprocess.run(command).returncode != 0:
+            raise DataError(f"the data could not be prepared (see above); set CTRLIB_DATA to the folder that holds {self.raw}/")
+        files = {name: source / f"{name}.parquet" for name in ("train", "valid", "test")}
+        if sessions is not None:
+            for path in files.values():
+                table = pq.read_table(path)
+                number_R = np.cumsum(np.diff(table["session"].to_numpy(), prepend=-1) != 0)
+                pq.write_table(table.slice(0, int((number_R <= sessions).sum())), path)
+        options = DataOptions(schema=source / "schema.json", valid=str(files["valid"]), test=str(files["test"]))
+        return prepare(str(files["train"]), scratch / "store", options)
+
+    def page(self, runs: seeds.Runs) -> str:
+        """README.md."""
+        text = f"# {self.title}\n\n`python -m {self.module}`. {self.text}\n{_INTRO}"
+        done = seeds.complete(runs)
+        looks = {found["settings"]["sessions"] for all_seeds in runs.values() for found in all_seeds} - {None}
+        if looks:
+            text += f"\n**A quick look at {max(looks):,} sessions: these figures say nothing.**\n"
+        if done:
+            text += f"\n## All test sessions\n\n| model | {' | '.join(OVERALL)} | epochs | parameters |\n"
+            text += "|---" * (len(OVERALL) + 3) + "|\n"
+            text += "".join(_line(name, found) for name, found in done.items())
+            means = {name: mean_buckets(found) for name, found in done.items()}
+            for metric in COMPARED:
+                text += f"\n## {metric} by the length of the history\n\nMeans over seeds.\n\n{history_table(means, metric)}"
+        if MAIN in done:
+            text += _comparison(done)
+        return text + seeds.missing(runs, MODELS)
+
+
+_INTRO = """
+Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16,
+nothing is tuned. Training stops on validation rows by GAUC; the test rows are read once, after that. *dnn* reads histories as
+the mean of their vectors, *moe* too; *din* weighs them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive
+loss. AW-MoE is a reference design after the paper's abstract (its text was not at hand), so no figure here is the paper's.
+All figures are means over sessions, but AUC (over all rows) and GAUC (weighed by rows).
+"""
+
+
+def config(name: str, options: argparse.Namespace) -> RunConfig:
+    """The run of a model."""
+    model, own = MODELS[name]
+    return configure(model, options={**COMMON, **own}, epochs=options.epochs)
+
+
+def run(
+    name: str, seed: int, store: Store, scratch: Path, settings: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the JSON of a model and seed holds: the report, and the test metrics by length of the history."""
+    started = time.process_time()
+    report = train(store, config(name, options), scratch / "run", name=name, seed=seed)
+    if report["interrupted"]:
+        raise KeyboardInterrupt
+    model = artifact.load(scratch / "run").model
+    shutil.rmtree(scratch / "run")
+    split = store.split("test")
+    history = store.encoder.schema.histories[0].fields[0]
+    lengths = split.sequences[history][1].diff().numpy()
+    seen = predict(model, Loader(split, 8192))
+    assert seen.labels is not None
+    assert seen.group is not None
+    buckets = by_history_length(lengths, seen.labels, seen.logits, seen.group)
+    seconds = time.process_time() - started
+    return {**report, "settings": settings, "history": buckets, "cpu_seconds": seconds}
+
+
+def mean_buckets(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The test metrics by length of the history, means over seeds."""
+    found = []
+    for entries in zip(*(one["history"] for one in runs), strict=True):
+        first = entries[0]
+        names = [key for key, value in first.items() if not isinstance(value, str | int)]
+        means = {key: statistics.fmean(entry[key] for entry in entries) for key in names if _known(entries, key)}
+        found.append({**first, **dict.fromkeys(names, float("nan")), **means})
+    return found
+
+
+def _known(entries: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return all(entry[key] is not None for entry in entries)  # what is undefined is null in JSON
+
+
+def _bucket(runs: Sequence[Mapping[str, Any]], segment: str, metric: str) -> list[float]:
+    return [next(float(entry[metric]) for entry in one["history"] if entry["segment"] == segment) for one in runs]
+
+
+def _line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    cells = [seeds.mean_std([one["test"][metric] for one in runs]) for metric in OVERALL]
+    epochs = statistics.fmean(one["epochs"] for one in runs)
+    return f"| {name} | {' | '.join(cells)} | {epochs:.1f} | {runs[0]['parameters']:,} |\n"
+
+
+def _comparison(done: seeds.Runs) -> str:
+    """Differences of AW-MoE to the others, seed by seed, for all and for the long tail, and what follows from them."""
+    text = (
+        f"\n## {MAIN} minus the others\n\nMean difference of the same seeds and its 95 % confidence interval (Student's t over "
+    )
+    text += "five pairs), which speaks of other seeds, not of other sessions.\n\n"
+    others = [name for name in BASELINES if name in done]
+    columns = [f"{metric}, {segment}" for metric in COMPARED for segment in ("all", LONG_TAIL)]
+    text += f"| to | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|\n"
+    for name in others:
+        cells = [
+            seeds.signed(_bucket(done[MAIN], segment, metric), _bucket(done[name], segment, metric))
+            for metric in COMPARED
+            for segment in ("all", LONG_TAIL)
+        ]
+        text += f"| {name} | {' | '.join(cells)} |\n"
+    text += (
+        "\nAsked was that the mean is at least that of *din* and of *moe*, and that the gain for histories of up to five is at "
+    )
+    text += "least the gain for all.\n\n"
+    for name in ASKED:
+        for metric in COMPARED if name in done else ():
+            gains = [
+                seeds.difference(_bucket(done[MAIN], segment, metric), _bucket(done[name], segment, metric))[0]
+                for segment in ("all", LONG_TAIL)
+            ]
+            text += f"* {metric} to *{name}*: {'reached' if gains[0] >= 0 else 'missed'} ({gains[0]:+.4f}); gain for the long "
+            text += f"tail: {'reached' if gains[1] >= gains[0] else 'missed'} ({gains[1]:+.4f}).\n"
+    return text
+
+
+def main(experiment: Sequences, description: str | None, argv: Sequence[str] | None = None) -> None:
+    """Run what is not there yet, and write the page after every run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", help="names with commas between them, run in this order; default: all")
+    parser.add_argument("--seeds", default=",".join(map(str, seeds.SEEDS)), help="with commas between them")
+    parser.add_argument("--epochs", type=int, help="at most")
+    parser.add_argument("--sessions", type=int, help="only so many sessions of each split: for a quick look")
+    parser.add_argument("--out", type=Path, help="folder of the JSONs; README.md goes there too")
+    options = parser.parse_args(argv)
+    names = options.models.split(",") if options.models else list(MODELS)
+    for name in names:
+        if name not in MODELS:
+            raise ConfigError(f"--models names {name!r}, which is no model of this experiment{suggest(name, MODELS)}")
+    if options.sessions is not None and options.out is None:
+        raise ConfigError("--sessions is for a quick look; give --out, so that it does not mix with results")
+    out: Path = options.out or experiment.folder / "results"
+    readme = (options.out or experiment.folder) / "README.md"
+    out.mkdir(parents=True, exist_ok=True)
+    tune_cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        store: Store | None = None
+        for seed in map(int, options.seeds.split(",")):  # seed by seed, so that models are soon compared
+            for name in names:
+                settings = experiment.settings(name, options)
+                if seeds.is_done(seeds.file(out, name, seed), settings):
+                    continue
+                if store is None:
+                    store = experiment.store(scratch, options.sessions)
+                found = run(name, seed, store, scratch, settings, options)
+                write_json(seeds.file(out, name, seed), found)
+                print(name, seed, f"test GAUC {found['test']['gauc']:.4f}, {found['cpu_seconds']:.0f} s", flush=True)
+                write_text(readme, experiment.page(seeds.load(out, MODELS)))
+    runs = seeds.load(out, MODELS)
+    write_text(readme, experiment.page(runs))
+    done = seeds.complete(runs)
+    if done:
+        means = {name: mean_buckets(found) for name, found in done.items()}
+        plot_by_history_length(means, "ndcg@10", readme.parent / "ndcg.png")
+
+
+def script(experiment: Sequences, description: str | None) -> None:
+    """:func:`main` for the command line."""
+    try:
+        main(experiment, description)
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
