@@ -20,7 +20,7 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, evaluate_run, prepare, run_experiment, train
 from ctrlib.files import finite
-from ctrlib.ranking_metrics import by_history_length
+from ctrlib.ranking_metrics import by_history_length, history_segments
 from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitResult, TrainingDivergedError, predict
 from tests.clicks import SCHEMA, clicks, tiny, write
@@ -116,7 +116,9 @@ def test_the_best_weights_are_saved(run: Path) -> None:
     assert report["best_epoch"] == 1 + int(np.argmax(aucs))
     assert report["valid"]["auc"] == max(aucs)
     best = history[int(np.argmax(aucs))]["valid"]
-    assert {name: report["valid"][name] for name in best} == best  # the report has the ranking metrics too
+    assert {name: report["valid"][name] for name in best} == best
+    ranking = {"groups", "ndcg@10", "mrr", "hr@10", "recall@10", "auc@10"}
+    assert report["valid"].keys() - best.keys() == ranking  # one evaluation at the end, not one an epoch
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_saved_models_scores(run: Path, data: Path) -> None:
@@ -492,6 +494,15 @@ class TestEvaluate:
         assert [s["segment"] for s in segments] == [s["segment"] for s in expected]
         assert segments[-1] == pytest.approx(expected[-1], nan_ok=True)
         assert (segments[-1]["segment"], segments[-1]["rows"]) == ("all", 401)
+
+    def test_segments_of_lists_without_a_group(self, data: Path, tmp_path: Path) -> None:
+        train(data / "train.parquet", tiny(fit__epochs="1"), tmp_path / "run", DataOptions(schema=SCHEMA, split="random"))
+        table = pq.read_table(data / "test.parquet")
+        segments = evaluate_run(tmp_path / "run", table, by="genres")["segments"]
+        names = history_segments([len(v or []) for v in table["genres"].to_pylist()])
+        assert {s["segment"]: s["rows"] for s in segments} == {name: names.count(name) for name in names}
+        assert {"auc", "log_loss"} < segments[0].keys()
+        assert not {"gauc", "ndcg@10"} & segments[0].keys()
 
     def test_segments_of_a_column_without_values(self, run: Path, data: Path) -> None:
         table = pq.read_table(data / "test.parquet").append_column("gone", pa.array([float("nan")] * 401))

@@ -163,7 +163,7 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def run_config(name: str, options: argparse.Namespace) -> RunConfig:
     """The run of a trained model."""
     fit = FitConfig(epochs=options.epochs, monitor="gauc", optimizer=OptimizerConfig())
-    return RunConfig(model=MODELS[name](), fit=fit, batch_size=2048)
+    return RunConfig(model=MODELS[name](), fit=fit, batch_size=1024)
 
 
 def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> None:
