@@ -129,18 +129,12 @@ def write(
     return tuple(files)
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of every script that samples negatives."""
+def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a script that uses :func:`write`; its raw folder must be given."""
     parser = common.argument_parser(description)
     parser.add_argument("--train-negatives", type=int, default=4, help="of each training impression (default: 4)")
     parser.add_argument("--eval-negatives", type=int, default=99, help="of each validation and test impression (default: 99)")
     parser.add_argument("--seed", type=int, default=0, help="of the negatives (default: 0)")
-    return parser
-
-
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of a script that uses :func:`write`; its raw folder must be given."""
-    parser = argument_parser(description)
     args = parser.parse_args(argv)
     if args.raw is None:
         parser.error("these files have no address to download them from: give their folder with --raw")
