@@ -31,6 +31,7 @@ from ctrlib.search.select import METHODS, kept_line, method_options, select, tab
 from ctrlib.search.selection import Choice, Selection, apply_to_store, compact, derive
 from ctrlib.training import TrainingDivergedError
 from tests.clicks import FIELDS, SCHEMA, clicks, write
+from tests.models import test_history_runs as history_runs
 from tests.search.stores import Guarded, click_store
 
 SIZES = {
@@ -441,9 +442,11 @@ def test_a_model_that_cannot_be_built_is_refused_before_any_search(
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_model_can_be_looked_at_without_memory(name: str, plain: Store, crossed: Store) -> None:
-    store = crossed if name.startswith("optinter") else plain
+    encoder = (crossed if name.startswith("optinter") else plain).encoder
+    if PRESETS[name].needs_history:
+        encoder = Encoder.fit(history_runs.SCHEMA, history_runs.raw(50, 0))
     state = torch.random.get_rng_state()
-    selecting._check_model(RunConfig(model=preset(name)), store.encoder)
+    selecting._check_model(RunConfig(model=preset(name)), encoder)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
