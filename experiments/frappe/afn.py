@@ -20,5 +20,6 @@ def experiment() -> Experiment:
             },
         ),
         embedding_l2=0.001,
+        precision="bf16",
         published={"auc": 0.981099, "log_loss": 0.23309, "parameters": 4066711},
     )

@@ -22,5 +22,6 @@ def experiment() -> Experiment:
             },
         ),
         embedding_l2=0.001,
+        precision="bf16",
         published={"auc": 0.982563, "log_loss": 0.213933, "parameters": 4482205},
     )
