@@ -122,12 +122,7 @@ def prepare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args = sequences.parse(__doc__, argv)
-    return common.run(
-        lambda: prepare(
-            args.raw, args.out, train_negatives=args.train_negatives, eval_negatives=args.eval_negatives, seed=args.seed
-        )
-    )
+    return sequences.main(prepare, __doc__, argv)
 
 
 if __name__ == "__main__":

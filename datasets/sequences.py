@@ -6,12 +6,11 @@ Every interaction of a user is an impression that was clicked. Together with ran
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -129,8 +128,14 @@ def write(
     return tuple(files)
 
 
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of a script that uses :func:`write`; its raw folder must be given."""
+class Prepare(Protocol):
+    """``prepare`` of a script: raw folder and output folder → files."""
+
+    def __call__(self, raw: Path, out: Path, *, train_negatives: int, eval_negatives: int, seed: int) -> object: ...
+
+
+def main(prepare: Prepare, description: str | None, argv: Sequence[str] | None) -> int:
+    """The command line of a script that uses :func:`write`, whose raw folder must be given; returns the exit status."""
     parser = common.argument_parser(description)
     parser.add_argument("--train-negatives", type=int, default=4, help="of each training impression (default: 4)")
     parser.add_argument("--eval-negatives", type=int, default=99, help="of each validation and test impression (default: 99)")
@@ -138,4 +143,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     args = parser.parse_args(argv)
     if args.raw is None:
         parser.error("these files have no address to download them from: give their folder with --raw")
-    return args
+    return common.run(
+        lambda: prepare(
+            args.raw, args.out, train_negatives=args.train_negatives, eval_negatives=args.eval_negatives, seed=args.seed
+        )
+    )
