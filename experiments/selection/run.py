@@ -2,8 +2,7 @@
 
 Each case is ``ctrlib select`` with 3 seeds, and beside it what the smaller model has to be compared with. Writes a JSON for
 every case into ``results/``, its curve beside it, and README.md. Runs are kept in ``--work``, so that the command goes on where
-it stopped. The settings of the searches were chosen by validation AUC with seed 0 (``--option``, ``--seeds 1`` of ``ctrlib
-select``); test rows are read by the runs alone. Reads ``$CTRLIB_DATA`` (default ``../shared/data``).
+it stopped. Test rows are read by the runs alone. Reads ``$CTRLIB_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations
@@ -99,13 +98,17 @@ def _optinter_on_criteo() -> RunConfig:
     return configure("optinter", options={"model.mlp.hidden_units": "256,128", "model.mlp.dropout": "0.3"})
 
 
+# Some hundred to some thousand steps: see OptFSConfig.learning_rate and OptInterConfig.few_steps.
+OPTFS = {"penalty": "1e-4", "learning_rate": "0.05"}
+OPTINTER = {"learning_rate": "1e-2", "floor": "0.1", "rate": "null"}
+
 CASES: Mapping[str, Case] = {
     "frappe_optfs_deepfm": Case(
         title="OptFS on Frappe_x1, DeepFM",
         rows=_frappe,
         run=_published("deepfm"),
         method="optfs",
-        settings={"penalty": "1e-4", "learning_rate": "0.05"},
+        settings=OPTFS,
         name="deepfm",
         others={"dcn": _published("dcn"), "final_mlp": _published("final_mlp")},
     ),
@@ -114,7 +117,7 @@ CASES: Mapping[str, Case] = {
         rows=_frappe,
         run=_optinter_on_frappe,
         method="optinter",
-        settings={"learning_rate": "1e-2", "floor": "0.1", "rate": "none"},
+        settings=OPTINTER,
         name="optinter",
         cross_min_count=2,
     ),
@@ -123,7 +126,7 @@ CASES: Mapping[str, Case] = {
         rows=_criteo,
         run=lambda: configure("deepfm"),
         method="optfs",
-        settings={"penalty": "1e-4", "learning_rate": "0.05"},
+        settings=OPTFS,
         name="deepfm",
         others={"dcnv2": lambda: configure("dcnv2")},
     ),
@@ -132,7 +135,7 @@ CASES: Mapping[str, Case] = {
         rows=_criteo,
         run=_optinter_on_criteo,
         method="optinter",
-        settings={"learning_rate": "1e-2", "floor": "0.1", "rate": "none"},
+        settings=OPTINTER,
         name="optinter",
         cross_min_count=10,
     ),
@@ -225,8 +228,8 @@ def load() -> dict[str, dict[str, Any]]:
 INTRO = """# Selection on real rows
 
 `python -m experiments.selection.run`: `ctrlib select` and what it is to be compared with, seeds 0, 1, 2; mean ± standard
-deviation. Differences are to the first row, seed by seed. The settings of each search were chosen by validation AUC with seed
-0; the test rows are read by the runs alone, after that. Settings and all metrics of all runs are in `results/`.
+deviation. Differences are to the first row, seed by seed. The test rows are read by the runs alone. Settings and all metrics of
+all runs are in `results/`.
 """
 
 
