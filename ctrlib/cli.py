@@ -232,6 +232,9 @@ def select(
         str | None, typer.Option(help="Fields to keep, for methods that rank them: a number, or a share such as 0.5.")
     ] = None,
     epochs: Epochs = None,
+    search_batch_size: Annotated[
+        int | None, typer.Option(help="Rows a step of the search; default: as in training. Fewer rows make more steps.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds: of the search, and of the models before and after.")] = 3,
     curve: Annotated[bool, typer.Option(help="Also train models of other sizes and draw AUC against size.")] = True,
     seed: Seed = 0,
@@ -249,6 +252,7 @@ def select(
         top=None if top is None else _top(top),
         settings=_assignments("--option", option),
         name=model,
+        search_batch_size=search_batch_size,
         seeds=seeds,
         first_seed=seed,
         curve=curve,

@@ -138,6 +138,7 @@ def select(
     top: Top | None = None,
     settings: Mapping[str, str] | None = None,
     name: str = "model",
+    search_batch_size: int | None = None,
     seeds: int = 3,
     first_seed: int = 0,
     curve: bool = True,
@@ -157,6 +158,8 @@ def select(
         options: see :class:`~ctrlib.experiment.DataOptions`.
         method, top, settings: see :func:`method_options`.
         name: of the model, for the report.
+        search_batch_size: rows a step of a search that trains a model; ``None``: as in training. What a search moves by about
+            its learning rate a step (gates, logits) needs many steps, which smaller batches give to few rows.
         seeds: how many; ``first_seed`` and those after it.
         curve: also train models of other sizes (with the first seed), and draw validation AUC against parameters; needs
             matplotlib (``pip install 'ctrlib[search]'``).
@@ -176,16 +179,19 @@ def select(
     options = options or DataOptions()
     chosen = method_options(method, top, settings)
     positive("seeds", seeds)
+    if search_batch_size is not None:
+        positive("search_batch_size", search_batch_size)
     torch_device(config.device)
     if METHODS[method].trains:
         _check_vectors(method, config)
     figure = _figure() if curve else None
     target = Path(out)
-    asked = {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config)}
+    asked = {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config), "search_batch_size": search_batch_size}
     new = _claim(target, {**asked, "data": _described(data, options)})
     with _unless_finished(target, new, first_seed):
         store = _three_splits(data, target, options)
         settled = config.for_rows(store.rows["train"])
+        searching = replace(settled, batch_size=search_batch_size or settled.batch_size)
         full = replace(settled, model=_unselected(config.model, store.encoder.layout))
         if options.cross_memory_mb is not None:
             check_cross_memory(full.model, store.encoder.layout, full.fit.optimizer, options.cross_memory_mb)
@@ -196,7 +202,7 @@ def select(
         after: list[dict[str, Any]] = []
         differences: list[float | None] = []
         for seed in seed_list:
-            selection = _search(method, chosen, store, settled, target, seed)
+            selection = _search(method, chosen, store, searching, target, seed)
             selections.append(replace(selection, weights=None))  # which may be large, and are only needed here
             folder = target / "before" / f"seed-{seed}"
             before.append(_run(store, full, folder, name, seed))
@@ -223,7 +229,8 @@ def select(
         write_json(target / "report.json", report)
         write_text(target / "report.md", table(report))
         if figure is not None:
-            points = list(_curve(method, chosen, selections[0], store, settled, target, name, first_seed))
+            others = _variants(method, chosen, selections[0], store, searching, first_seed)
+            points = list(_curve(others, store, settled, target, name, first_seed))
             points += [_point("before", before[0]), _point("after", after[0])]
             write_json(target / "curve.json", points)
             _draw(figure, points, target / "curve.png", f"{method}, {name}")
@@ -554,10 +561,10 @@ def _mean_std(values: Sequence[float]) -> dict[str, float]:
 
 
 def _curve(
-    method: str, options: Any, selection: Selection, store: Store, config: RunConfig, target: Path, name: str, seed: int
+    variants: Iterable[tuple[str, Callable[[], Selection]]], store: Store, config: RunConfig, target: Path, name: str, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Points of models of other sizes; without those of which nothing is left, or nothing that fits together."""
-    for label, other in _variants(method, options, selection, store, config, seed):
+    for label, other in variants:
         folder = target / "curve" / f"seed-{seed}" / label.replace(" ", "-").replace("×", "x")
         if (folder / "point.json").is_file():
             yield json.loads((folder / "point.json").read_text(encoding="utf-8"))

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.store import Store
+from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import write_json
 from ctrlib.models.optinter import OptInter
@@ -171,14 +173,32 @@ def _against_optfs(
     for seed, selection in zip(SEEDS, chosen, strict=True):
         start = control_weights(config.model, store, options, fit=config.fit, batch_size=config.batch_size, seed=seed)
         _add(rows, "control: all values, trained on from the weights of T_c epochs", store, config, work, seed, start)
-        path = work / f"kept-{seed}"
-        kept = Store.open(path) if Store.is_store(path) else apply_to_store(selection, store, path)
-        _add(rows, "after, from random weights", kept, config, work, seed)
+        kept = _applied(selection, store, work / f"kept-{seed}")
+        _add(rows, "selected, from random weights", kept, config, work, seed)
+        frequent = _applied(most_frequent(selection, store), store, work / f"frequent-{seed}")
+        _add(rows, "as many values, the most frequent, from random weights", frequent, config, work, seed)
         for name, make in case.others.items():
             other = make().for_rows(store.rows["train"])
             _add(rows, f"{name} on all values", store, other, work, seed)
             _add(rows, f"{name} on these values", kept, other, work, seed)
     return rows
+
+
+def _applied(selection: Selection, store: Store, path: Path) -> Store:
+    return Store.open(path) if Store.is_store(path) else apply_to_store(selection, store, path)
+
+
+def most_frequent(selection: Selection, store: Store) -> Selection:
+    """As many values as the selection keeps: those most frequent in training rows, of all its vocabularies, before OOV."""
+    assert selection.values is not None
+    vocabularies = {name: store.encoder.vocabularies[name] for name in selection.values}
+    counts = [[-1, 0, *v.counts] for v in vocabularies.values() if isinstance(v, Vocabulary)]  # ids 0 and 1: padding, OOV
+    order = np.argsort(-np.concatenate(counts), kind="stable")
+    kept = np.zeros(len(order), bool)
+    kept[order[: sum(int(mask.sum()) for mask in selection.values.values())]] = True
+    masks = np.split(kept, np.cumsum([len(c) for c in counts])[:-1])
+    values = dict(zip(vocabularies, masks, strict=True))
+    return Selection(method="most_frequent", encoder_hash=selection.encoder_hash, values=values)
 
 
 def _against_optinter(store: Store, config: RunConfig, work: Path) -> dict[str, list[dict[str, Any]]]:

@@ -178,16 +178,18 @@ def test_a_curve_of_penalties_goes_on_without_what_nothing_is_left_of(
     searched: list[float] = []
 
     def search(model: Any, store: Store, options: Any, run: RunConfig, seed: int) -> Selection:
+        assert run.batch_size == 64
         searched.append(options.penalty)
         if options.penalty > 3e-4:
             raise ConfigError("everything is gone")
         return METHODS["outrank"].search(model, store, method_options("outrank", 3), run, seed)
 
     monkeypatch.setattr(selecting, "METHODS", {**METHODS, "optfs": replace(METHODS["optfs"], search=search)})
-    once = {"method": "optfs", "settings": {"penalty": "3e-4"}, "seeds": 1}
+    once = {"method": "optfs", "settings": {"penalty": "3e-4"}, "seeds": 1, "search_batch_size": 64}
     select(plain, config(), tmp_path / "out", **once)  # type: ignore[arg-type]
     assert searched == pytest.approx([3e-4, 3e-5, 9e-5, 9e-4])
     assert [p["label"] for p in read(tmp_path / "out" / "curve.json")] == ["penalty × 0.1", "penalty × 0.3", "before", "after"]
+    assert read(tmp_path / "out" / "after" / "seed-0" / "config.json")["batch_size"] == 256
     select(plain, config(), tmp_path / "out", **once)  # type: ignore[arg-type]
     assert searched[4:] == pytest.approx([9e-4])  # what is there is not searched again
 
