@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.criteo_sample import run as sample
 from experiments.frappe import table as frappe
+from experiments.selection import run as selection
 
 EXPERIMENTS = Path(__file__).resolve().parent
 PAGE = EXPERIMENTS.parent / "docs" / "results.md"
@@ -62,11 +63,20 @@ Difference in test AUC to dense Adam with the same seeds, mean ± standard devia
 
 """
 
+SELECTION = """
+## Selection: {title}
+
+Differences are to the first row, seed by seed, mean ± standard deviation. More:
+[experiments/selection](../experiments/selection/README.md).
+
+"""
+
 
 def page() -> str:
     """``docs/results.md``; experiments without results are left out."""
     sections = [_frappe(), _kaggle()]
     sections += [_terabyte(EXPERIMENTS / "criteo" / "results.json"), _optimizers(EXPERIMENTS / "optimizers" / "results.json")]
+    sections += [SELECTION.format(title=found["title"]) + selection.rows_table(found) for found in selection.load().values()]
     return INTRO + "".join(sections)
 
 

@@ -16,6 +16,7 @@ from ctrlib.models.presets import PRESETS
 from experiments import results as results_page
 from experiments.criteo_sample import run as sample
 from experiments.frappe import table
+from experiments.selection import run as selection
 from tests.clicks import SCHEMA, clicks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def test_the_frappe_table_names_every_experiment() -> None:
 def test_committed_pages_are_what_the_committed_results_make() -> None:
     assert (RESULTS.parent / "README.md").read_text(encoding="utf-8") == table.page(table.load())
     assert (sample.HERE / "README.md").read_text(encoding="utf-8") == sample.page(sample.load(sample.RESULTS))
+    assert (selection.HERE / "README.md").read_text(encoding="utf-8") == selection.page(selection.load())
     assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page()
 
 

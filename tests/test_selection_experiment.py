@@ -11,6 +11,7 @@ import pytest
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
+from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.schema import Schema, SparseField
 from ctrlib.search.select import METHODS, method_options
 from ctrlib.search.selection import Selection
@@ -41,4 +42,5 @@ def test_as_many_values_the_most_frequent(tmp_path: Path) -> None:
     assert frequent.values is not None
     kept = {name: mask.tolist() for name, mask in frequent.values.items()}
     assert kept == {"a": [False, False, True, True], "b": [False, False, True, True, False]}
-    assert [encoder.vocabularies[name].values.to_pylist() for name in "ab"] == [["x", "y"], ["u", "v", "w"]]
+    vocabularies = [v for v in encoder.vocabularies.values() if isinstance(v, Vocabulary)]
+    assert [v.values.to_pylist() for v in vocabularies] == [["x", "y"], ["u", "v", "w"]]

@@ -283,9 +283,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     return text + (f"\nNot run yet: {', '.join(missing)}.\n" if missing else "")
 
 
-def _section(name: str, found: Mapping[str, Any]) -> str:
+def rows_table(found: Mapping[str, Any]) -> str:
+    """A case's models, the first of them that of all values or pairs."""
     report = found["report"]
-    text = f"\n## {found['title']}\n\n| | parameters | test AUC | difference | test log loss |\n|---|---|---|---|---|\n"
+    text = "| | parameters | test AUC | difference | test log loss |\n|---|---|---|---|---|\n"
     first = found["rows"]["before"]
     titles = {"before": "all values" if report["keeps"] == "values" else "all pairs memorised", "after": "selected"}
     for row, runs in found["rows"].items():
@@ -298,7 +299,12 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
             _mean_std([r["test"]["log_loss"] for r in runs]),
         ]
         text += f"| {' | '.join(cells)} |\n"
-    text += "\n"
+    return text
+
+
+def _section(name: str, found: Mapping[str, Any]) -> str:
+    report = found["report"]
+    text = f"\n## {found['title']}\n\n{rows_table(found)}\n"
     for seed, kept in zip(report["seeds"], report["kept"], strict=True):
         text += f"* seed {seed} keeps {kept_line(kept)}\n"
     text += "".join(f"* agreement of the seeds, {what}: {value:.3f}\n" for what, value in report["agreement"].items())
