@@ -26,7 +26,7 @@ LAYERS = (
     {"models"},
     {"artifact"},
     {"experiment"},
-    {"search"},
+    {"search", "nodes"},
     {"cli", "__main__"},
 )
 FORBIDDEN = {

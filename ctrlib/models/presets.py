@@ -57,6 +57,7 @@ from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.aw_moe import AWMoE
 from ctrlib.models.behaviours import ActivationUnit, TargetAttention
 from ctrlib.models.bst import BST
+from ctrlib.models.catgcn import CatGCN
 from ctrlib.models.contrastive import ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.din import DIN
@@ -67,6 +68,7 @@ from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.moe import Experts, MoE
 from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.models.optinter import OptInter
+from ctrlib.models.propagation import Propagation
 from ctrlib.models.two_tower import TwoTower
 from ctrlib.schema import suggest
 
@@ -827,6 +829,8 @@ COMPONENTS: Table = {
         MoE,
         AWMoE,
         CatInteraction,
+        CatGCN,
+        Propagation,
     )
 }
 
