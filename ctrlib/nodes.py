@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +25,24 @@ from torch import Tensor
 
 from ctrlib import artifact
 from ctrlib.artifact import Artifact
-from ctrlib.config import check_choice, check_not_negative, override, to_json
+from ctrlib.batch import Batch
+from ctrlib.config import check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.adjacency import Adjacency
 from ctrlib.data.graph import SPLITS, ClassWeight, Graph, GraphOptions, edge_ends, encode_nodes, node_ids, read_graph
 from ctrlib.data.source import open_source
+from ctrlib.data.subgraphs import Clusters, Neighbourhoods, Partition, partition
 from ctrlib.experiment import torch_device
 from ctrlib.files import new_folder, sha256, write_json
 from ctrlib.models.catgcn import CatGCN, node_preset
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS
+from ctrlib.models.propagation import check_reach
 from ctrlib.optim import OptimizerConfig, ScheduleConfig
 from ctrlib.schema import DataError
-from ctrlib.training import FitConfig, Predictions, evaluate, fit, seed_everything
+from ctrlib.training import Batches, FitConfig, Predictions, evaluate, fit, seed_everything
 
 Floats = npt.NDArray[np.float64]
+NodeBatches = Literal["full", "clusters", "neighbours"]
 
 
 def _fit() -> FitConfig:
@@ -54,9 +58,14 @@ class NodeRunConfig:
 
     Args:
         model: see :class:`~ctrlib.models.catgcn.CatGCN`.
-        fit: see :class:`~ctrlib.training.FitConfig`; an epoch is one step of all nodes, and the validation log loss weighs
+        fit: see :class:`~ctrlib.training.FitConfig`; an epoch of full batches is one step, and the validation log loss weighs
             classes as that of training does.
         l2: λ of (λ/2)·‖W‖² over every parameter; adds to ``fit.optimizer.embedding_l2`` and ``net_l2``.
+        batches: of training: ``full``: all nodes in every step; ``clusters``: some parts of the graph, see
+            :class:`~ctrlib.data.subgraphs.Clusters`; ``neighbours``: ``batch_size`` nodes with sampled neighbours, see
+            :class:`~ctrlib.data.subgraphs.Neighbourhoods`. Validation and test always see the whole graph.
+        partition, parts, parts_per_batch: of ``clusters``.
+        batch_size, fan_outs: of ``neighbours``; one number for each hop of the model.
         class_weight: see :meth:`.Graph.class_weights`.
         device: ``auto`` takes a CUDA GPU where there is one.
     """
@@ -64,12 +73,24 @@ class NodeRunConfig:
     model: CatGCN.Config
     fit: FitConfig = field(default_factory=_fit)
     l2: float = 1e-5
+    batches: NodeBatches = "full"
+    partition: Partition = "auto"
+    parts: int = 50
+    parts_per_batch: int = 5
+    batch_size: int = 512
+    fan_outs: tuple[int, ...] = ()
     class_weight: ClassWeight = "train"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         check_not_negative("l2", self.l2)
-        check_choice("class_weight", self.class_weight, ("train", "all", "none"))
+        check_choice("batches", self.batches, get_args(NodeBatches))
+        check_choice("partition", self.partition, get_args(Partition))
+        check_choice("class_weight", self.class_weight, get_args(ClassWeight))
+        positive("parts", self.parts)
+        positive("parts_per_batch", self.parts_per_batch)
+        positive("batch_size", self.batch_size)
+        positive("fan_outs", *self.fan_outs)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
 
 
@@ -118,6 +139,8 @@ def train_nodes(
         DataError, ConfigError: see the functions above.
         TrainingDivergedError: the loss is not finite.
     """
+    if config.batches == "neighbours":
+        check_reach(config.model.propagation, config.fan_outs)
     device = torch_device(config.device)
     with new_folder(out) as part:
         started = time.perf_counter()
@@ -130,7 +153,8 @@ def train_nodes(
         optimizer = config.fit.optimizer
         table_l2, net_l2 = optimizer.embedding_l2 + config.l2, optimizer.net_l2 + config.l2
         how = replace(config.fit, optimizer=replace(optimizer, embedding_l2=table_l2, net_l2=net_l2))
-        result = fit(model, [batches["train"]], [batches["valid"]], how, out=part, title=name)
+        train = _batches(graph, batches["train"], weights, config, seed)
+        result = fit(model, train, [batches["valid"]], how, out=part, title=name)
         report: dict[str, Any] = {
             "model": name,
             "seed": seed,
@@ -152,6 +176,15 @@ def train_nodes(
         write_json(part / "metrics.json", report)
         (part / "best.safetensors").unlink(missing_ok=True)  # the artifact has them
     return report
+
+
+def _batches(graph: Graph, full: Batch, weights: npt.NDArray[np.float32], config: NodeRunConfig, seed: int) -> Batches:
+    if config.batches == "clusters":
+        part_of = partition(graph.adjacency, config.parts, config.partition, seed)
+        return Clusters(graph, "train", weights, part_of, parts_per_batch=config.parts_per_batch, seed=seed)
+    if config.batches == "neighbours":
+        return Neighbourhoods(graph, "train", weights, fan_outs=config.fan_outs, batch_size=config.batch_size, seed=seed)
+    return [full]
 
 
 def _save_graph(folder: Path, graph: Graph, model: CatGCN, options: GraphOptions) -> None:

@@ -526,6 +526,7 @@ class Schema:
             weight=data.get("weight"),
             ignored=dict(ignored),
             histories=tuple(histories),
+            classes=tuple(data.get("classes", ())),
         )
 
     def save(self, path: str | Path) -> None:

@@ -59,14 +59,14 @@ class CatInteraction(Interaction):
             probe_mode: ``"fixed"``: ρ for every row; ``"per_feature"``: ρ·S/10, which filters bags of any size alike.
             bias: b of the global part.
             dropout: in the global part after the ReLU, and between the layers of the MLPs.
-            output_dim: C; ``None``: no projection, no fusion.
+            output_dim: C; ``None``: no projection, no fusion. Models of nodes set it to the number of classes.
             local_hidden_units, global_hidden_units: hidden ReLU layers of the two MLPs.
             balance: a, the share of the global part; with one part alone it has no effect.
             fusion_activation: φ.
 
         Raises:
-            ConfigError: a width or ρ below 0, a dropout outside [0, 1), a share outside [0, 1], hidden layers without
-                ``output_dim``.
+            ConfigError: a width or ρ below 0, a dropout outside [0, 1), a share outside [0, 1]; when it is built, hidden
+                layers without ``output_dim``.
         """
 
         parts: Parts = "both"
@@ -94,13 +94,13 @@ class CatInteraction(Interaction):
                 raise ConfigError(f"CatInteraction.balance is {self.balance}; expected a share from 0 to 1")
             if self.output_dim is not None:
                 positive("CatInteraction.output_dim", self.output_dim)
-            elif self.local_hidden_units or self.global_hidden_units:
-                raise ConfigError("CatInteraction has hidden layers but no output_dim; set the width that they lead to")
 
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         self.config = config
         dim, width = layout.dim, config.output_dim
+        if width is None and (config.local_hidden_units or config.global_hidden_units):
+            raise ConfigError("CatInteraction has hidden layers but no output_dim; set the width that they lead to")
         hidden = {"local": config.local_hidden_units, "global": config.global_hidden_units}
         names = tuple(hidden) if config.parts == "both" else (config.parts,)
         self.linear: nn.Linear | None = None

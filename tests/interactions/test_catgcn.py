@@ -216,10 +216,11 @@ def test_config_errors() -> None:
         ({"balance": 1.5}, r"balance is 1\.5; expected a share"),
         ({"dropout": 1.0}, r"CatInteraction\.dropout is 1\.0"),
         ({"parts": "locl"}, "did you mean 'local'"),
-        ({"local_hidden_units": (4,)}, "hidden layers but no output_dim"),
     ):
         with pytest.raises(ConfigError, match=message):
             CatInteraction.Config(**options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="hidden layers but no output_dim"):
+        CatInteraction(CatInteraction.Config(local_hidden_units=(4,)), LAYOUT)
 
 
 def test_padding_is_what_ragged_bags_do_without() -> None:
