@@ -161,7 +161,7 @@ def test_monitor_by_accuracy_and_what_the_rows_lack(tmp_path: Path) -> None:
 def test_probabilities_of_classes() -> None:
     logits = np.array([[0.0, np.log(3.0)], [1000.0, 0.0]])
     found = Predictions(logits=logits, labels=None, weight=None, group=None, classes=True).probability
-    np.testing.assert_allclose(found, [[0.25, 0.75], [1, 0]], atol=1e-15)
+    np.testing.assert_allclose(found, np.array([[0.25, 0.75], [1, 0]]), atol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,9 @@ def sample_neighbourhood(
     weight_E = scale_N[everyone[row_E]] * scale_N[column_E] * np.concatenate([*scales, np.ones(count)])
     order = np.argsort(row_E, kind="stable")
     offsets = np.searchsorted(row_E[order], np.arange(count + 1)).astype(np.int32)
-    sources = place_N[column_E[order]].astype(np.int32)
-    weight = weight_E[order].astype(np.float32)
-    return everyone, Edges(*map(torch.from_numpy, (offsets, sources, weight)), symmetric=False)
+    sources = torch.from_numpy(place_N[column_E[order]].astype(np.int32))
+    weight = torch.from_numpy(weight_E[order].astype(np.float32))
+    return everyone, Edges(torch.from_numpy(offsets), sources, weight, symmetric=False)
 
 
 def _first_of_each(owner_E: Nodes, keys_E: npt.NDArray[np.float64], count: int) -> Nodes:
@@ -147,7 +147,7 @@ def partition(adjacency: Adjacency, parts: int, method: Partition = "auto", seed
     if method == "metis" and metis is None:
         raise DataError("partition is 'metis', and the package pymetis is not installed; install it, or choose 'random'")
     if metis is not None:
-        _, found = metis.part_graph(parts, xadj=adjacency.offsets, adjncy=adjacency.neighbours)
+        _, found = metis.part_graph(parts, metis.CSRAdjacency(adjacency.offsets, adjacency.neighbours))
         return np.asarray(found, dtype=np.int32)
     return np.random.default_rng(seed).permutation(adjacency.num_nodes).astype(np.int32) % parts
 

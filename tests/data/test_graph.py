@@ -55,7 +55,8 @@ def test_normalised_matrix_equals_the_formula_however_edges_are_listed(listing: 
 def test_normalised_matrix_equals_that_of_torch_geometric() -> None:
     conv = pytest.importorskip("torch_geometric.nn.conv.gcn_conv", exc_type=ImportError)
     rng = np.random.default_rng(2)
-    adjacency = Adjacency.from_pairs(*rng.integers(0, 40, (2, 60)), 45, symmetrize=True)
+    source, target = rng.integers(0, 40, (2, 60))
+    adjacency = Adjacency.from_pairs(source, target, 45, symmetrize=True)
     index = torch.from_numpy(np.stack([adjacency.rows, adjacency.neighbours.astype(np.int64)]))
     loops = torch.arange(45).repeat(2, 1)
     for listed in (index, torch.cat([index, loops], dim=1)):  # with loops of its own, too

@@ -155,11 +155,10 @@ def test_several_steps_are_one_with_a_smaller_probe(steps: int, published: float
 
 
 def test_fusion_weighs_the_two_projections() -> None:
-    options = {"output_dim": 2, "local_hidden_units": (4,)}
     plain, x_BFD = cat(), randn(5, 4, 3)
     h_B2D = plain(x_BFD)
     for activation in ("none", "relu"):
-        fused = cat(balance=0.3, fusion_activation=activation, **options)
+        fused = cat(balance=0.3, fusion_activation=activation, output_dim=2, local_hidden_units=(4,))
         assert fused.linear is not None
         assert plain.linear is not None
         fused.linear.load_state_dict(plain.linear.state_dict())
@@ -218,7 +217,7 @@ def test_config_errors() -> None:
         ({"parts": "locl"}, "did you mean 'local'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            CatInteraction.Config(**options)  # type: ignore[arg-type]
+            CatInteraction.Config(**options)
     with pytest.raises(ConfigError, match="hidden layers but no output_dim"):
         CatInteraction(CatInteraction.Config(local_hidden_units=(4,)), LAYOUT)
 

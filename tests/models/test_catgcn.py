@@ -31,7 +31,7 @@ def catgcn(layout: BatchLayout = LAYOUT, **options: Any) -> CatGCN:
     config = replace(node_preset("catgcn"), interaction=INSIDE, **options)
     config = replace(config, embedding=replace(config.embedding, dim=5))
     model = CatGCN(config, layout)
-    nn.init.normal_(model.interaction.linear.bias)  # type: ignore[union-attr, arg-type]
+    nn.init.normal_(model.interaction.linear.bias)  # type: ignore[union-attr]
     return model.double()
 
 
@@ -149,7 +149,7 @@ def gradients(model: CatGCN) -> tuple[float, dict[str, Tensor]]:
 @pytest.mark.parametrize("name", ["sgc", "gcn"])
 def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any) -> None:
     """Computed once more, block by block, and with everything kept: the same numbers."""
-    options = {"propagation": Propagation.Config(name=name, hops=2), "block_nodes": 17}
+    options: dict[str, Any] = {"propagation": Propagation.Config(name=name, hops=2), "block_nodes": 17}
     loss, expected = gradients(catgcn(recompute=False, **options))
     again, found = gradients(catgcn(recompute=True, **options))
     assert again == loss

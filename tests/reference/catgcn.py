@@ -27,7 +27,7 @@ def global_interaction(e: Array, weight: Array, bias: Array, probe: float) -> Ar
 
 def probe_of_one_step(probe: float, steps: int, size: int) -> float:
     """ρ of the one step that equals so many of them: ρ^K / Σ_{i<K} C(K, i) ρ^i S^(K−1−i)."""
-    return probe**steps / sum(math.comb(steps, i) * probe**i * size ** (steps - 1 - i) for i in range(steps))
+    return float(probe**steps / sum(math.comb(steps, i) * probe**i * size ** (steps - 1 - i) for i in range(steps)))
 
 
 def node_matrix(num_nodes: int, edges: list[tuple[int, int]]) -> Array:
