@@ -96,8 +96,8 @@ def co_interaction_edges(log: object, options: CoInteractionOptions) -> Any:
     )
     if total > options.max_edges:
         raise DataError(
-            f"the items join {total:,} pairs of users, more than max_edges, {options.max_edges:,}; the most frequent item alone "
-            f"has {int(degree.max()):,} users: set max_users, or a larger max_edges"
+            f"the items join {total:,} pairs of users, more than max_edges, {options.max_edges:,}; the most frequent item "
+            f"alone has {int(degree.max()):,} users: set max_users, or a larger max_edges"
         )
     edges_2 = _pairs(user_P[kept[item_P]], item_P[kept[item_P]], len(coded.dictionary))
     source, target = (coded.dictionary.take(pa.array(ends)) for ends in edges_2)

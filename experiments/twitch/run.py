@@ -2,8 +2,8 @@
 
 Every model is tuned on the validation nodes of the first seed by the same number of settings, then trained with five seeds.
 Writes a JSON for every tuning and for every model and seed into ``results/``, and the tables, README.md. What is there already
-is not run again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/twitch`` (default ``../shared/data``); needs
-the extra ``graph``.
+is not run again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/twitch`` (default ``../shared/data``) and
+needs the extra ``graph``.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ friendships; predicted is whether a streamer's content is mature ([the script](.
 for training, 10 % for validation, 10 % for test, cut anew by each of five seeds and alike for all models.
 
 Every model has embeddings of width 64 that start at N(0, 1), dense Adam with full batches, classes balanced by the training
-labels, and stops when the validation log loss has not fallen for {patience} epochs; the best weights are kept and the test nodes
-looked at once. Each was tuned by {trials} settings, drawn from the same grid of learning rate, L2, dropout and depth (for CatGCN
-also ρ and the share of the global part), by the validation log loss of the first seed.
+labels, and stops when the validation log loss has not fallen for {patience} epochs; the best weights are kept and the test
+nodes looked at once. Each was tuned by {trials} settings, drawn from the same grid of learning rate, L2, dropout and depth (for
+CatGCN also ρ and the share of the global part), by the validation log loss of the first seed.
 
 *mlp* and the graph networks of torch_geometric read the mean of a node's embeddings; *mlp* sees no edge. *catgcn_local* and
 *catgcn_global* have one of the two interactions, *catgcn_no_edges* no propagation, *catgcn_appnp* and *catgcn_gcn* others than
@@ -185,8 +185,8 @@ def page(runs: Mapping[str, seeds.Runs], options: argparse.Namespace) -> str:
     for country, results in runs.items():
         done = seeds.complete(results)
         if done:
-            text += f"\n## {country}\n\n| model | {' | '.join(METRICS)} | accuracy minus {MAIN} | macro_f1 minus {MAIN} | parameters |\n"
-            text += "|---" * (len(METRICS) + 4) + "|\n"
+            columns = ["model", *METRICS, f"accuracy minus {MAIN}", f"macro_f1 minus {MAIN}", "parameters"]
+            text += f"\n## {country}\n\n| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|\n"
             text += "".join(_line(name, found, done.get(MAIN)) for name, found in done.items())
         text += _claim(done) + seeds.missing(results, ORDER)
     return text
@@ -210,7 +210,8 @@ def _claim(done: seeds.Runs) -> str:
         best = max(GRAPH_NETWORKS, key=lambda name: mean[name])
         verdict = "so it is" if mean[MAIN] >= mean[best] else "it is not"
         gain, half = seeds.difference(*([r["test"][metric] for r in done[name]] for name in (MAIN, best)))
-        text += f"* {metric}: {verdict}; {mean[MAIN]:.4f}, the best of them, *{best}*, {mean[best]:.4f} ({gain:+.4f} ± {half:.4f}).\n"
+        text += f"* {metric}: {verdict}; {mean[MAIN]:.4f}, the best of them, *{best}*, {mean[best]:.4f} "
+        text += f"({gain:+.4f} ± {half:.4f}).\n"
     return text
 
 
