@@ -50,7 +50,7 @@ def sample_neighbourhood(
     for fan_out in fan_outs:
         at_E, owner_E = entries(adjacency.offsets, frontier)
         degree = adjacency.degrees[frontier]
-        kept_E = _first_of_each(owner_E, rng.random(len(at_E)), fan_out)
+        kept_E = first_of_each(owner_E, rng.random(len(at_E)), fan_out)
         at_E, owner_E = at_E[kept_E], owner_E[kept_E]
         found_E = adjacency.neighbours[at_E].astype(np.int64)
         new = np.unique(found_E[place_N[found_E] < 0])
@@ -73,7 +73,7 @@ def sample_neighbourhood(
     return everyone, Edges(torch.from_numpy(offsets), sources, weight, symmetric=False)
 
 
-def _first_of_each(owner_E: Nodes, keys_E: npt.NDArray[np.float64], count: int) -> Nodes:
+def first_of_each(owner_E: Nodes, keys_E: npt.NDArray[np.float64], count: int) -> Nodes:
     """The entries with the ``count`` smallest keys of each owner; owners are in runs."""
     order = np.lexsort((keys_E, owner_E))
     starts = np.searchsorted(owner_E, owner_E)

@@ -56,7 +56,7 @@ class CatGCN(ModelComponent):
         embedding: FeatureEmbedding.Config = field(default_factory=lambda: FeatureEmbedding.Config(dim=64, init_std=1.0))
         interaction: CatInteraction.Config = field(default_factory=CatInteraction.Config)
         propagation: Propagation.Config = field(default_factory=Propagation.Config)
-        block_nodes: int = 16_384
+        block_nodes: int = 4096
         recompute: bool = True
 
         def __post_init__(self) -> None:
