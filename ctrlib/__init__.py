@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
-    from ctrlib.nodes import configure_nodes, load_nodes, train_nodes
+    from ctrlib.node_artifact import NodeArtifact, load_nodes
+    from ctrlib.nodes import configure_nodes, train_nodes
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
@@ -39,7 +40,8 @@ _MODULES = {
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
-    "nodes": ("configure_nodes", "load_nodes", "train_nodes"),
+    "node_artifact": ("NodeArtifact", "load_nodes"),
+    "nodes": ("configure_nodes", "train_nodes"),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
@@ -61,6 +63,7 @@ __all__ = [
     "GraphOptions",
     "History",
     "Loader",
+    "NodeArtifact",
     "Output",
     "RunConfig",
     "Schema",

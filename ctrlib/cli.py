@@ -215,6 +215,17 @@ def train(
     if node_table is not None or edges is not None:
         if node_table is None or edges is None or data is not None or label is None or len(label) != 1:
             raise ConfigError("a graph is given by --nodes FILE --edges FILE --label COLUMN, without other data")
+        of_rows: dict[str, object] = {
+            "--valid": valid,
+            "--test": test,
+            "--group": group,
+            "--time": time,
+            "--weight": weight,
+            "--stream": stream,
+        }
+        of_rows |= {"--cross-min-count": crosses, "--cross-max-size": cross_max, "--cross-hash-size": cross_hash}
+        if given := [option for option, value in of_rows.items() if value]:
+            raise ConfigError(f"{', '.join(given)} is for rows, not for nodes; name the nodes of each split by --split-column")
         source, comma, target = ends.partition(",")
         if not comma:
             raise ConfigError(f"--ends is {ends!r}; expected two columns such as source,target")
@@ -327,14 +338,19 @@ def evaluate(
 
 
 @app.command()
-def models() -> None:
+def models(
+    of_nodes: Annotated[
+        bool, typer.Option("--nodes", help="Those of the nodes of a graph, for train --nodes --edges.")
+    ] = False,
+) -> None:
     """List the models by name."""
+    if of_nodes:
+        for name in NODE_MODELS:
+            print(f"{name}  categorical features inside nodes, then edges  [{', '.join(NODE_FLAVOURS)}]  arXiv:2009.05303")
+        return
     width = max(map(len, PRESETS))
     for name, preset in PRESETS.items():
         print(f"{name:<{width}}  {preset.description}  [{', '.join(preset.flavours)}]  {preset.paper}")
-    print("\nof the nodes of a graph (train --nodes --edges):")
-    for name in NODE_MODELS:
-        print(f"{name:<{width}}  categorical features inside nodes, then edges  [{', '.join(NODE_FLAVOURS)}]  arXiv:2009.05303")
 
 
 @app.command()

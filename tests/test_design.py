@@ -25,6 +25,7 @@ LAYERS = (
     {"metrics", "ranking_metrics", "losses", "optim", "training", "cpu", "embedding", "memory", "interactions", "data"},
     {"models"},
     {"artifact"},
+    {"node_artifact"},
     {"experiment"},
     {"search", "nodes"},
     {"cli", "__main__"},

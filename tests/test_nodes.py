@@ -15,7 +15,8 @@ import ctrlib
 from ctrlib.cli import app
 from ctrlib.config import ConfigError
 from ctrlib.data.graph import GraphOptions, read_graph
-from ctrlib.nodes import NodeArtifact, configure_nodes, load_nodes, train_nodes
+from ctrlib.node_artifact import NodeArtifact, load_nodes
+from ctrlib.nodes import configure_nodes, train_nodes
 from ctrlib.schema import DataError
 from ctrlib.training import Predictions
 from tests import graphs
@@ -141,11 +142,13 @@ def test_command_line(tmp_path: Path) -> None:
     for wrong, message in (
         (["--label", "team", "--label", "id"], "a graph is given by --nodes FILE --edges FILE --label COLUMN"),
         (["rows.parquet", "--label", "team"], "without other data"),
+        (["--label", "team", "--valid", "v.parquet", "--stream"], "--valid, --stream is for rows, not for nodes"),
         (["--label", "team", "--ends", "from"], "expected two columns such as source,target"),
     ):
         found = CliRunner().invoke(app, ["train", *given, "--out", f"{tmp_path / 'no'}", *wrong])
         assert isinstance(found.exception, ConfigError)
         assert message in str(found.exception)
+    assert CliRunner().invoke(app, ["models", "--nodes"]).output.split()[0] == "catgcn"
     nothing = CliRunner().invoke(app, ["train", "--model", "dnn", "--out", f"{tmp_path / 'no'}"])
     assert "there is no data" in str(nothing.exception)
 
@@ -170,8 +173,9 @@ def test_probabilities_of_classes() -> None:
         {"batches": "clusters", "partition": "random", "parts": "4", "parts_per_batch": "2"},
         {"batches": "neighbours", "batch_size": "32", "fan_outs": "5,5"},
         {"model.propagation.name": "gcn", "model.propagation.units": "8"},
+        {"fit.precision": "bf16", "model.block_nodes": "100"},
     ],
-    ids=["clusters", "neighbours", "gcn"],
+    ids=["clusters", "neighbours", "gcn", "bf16"],
 )
 def test_other_batches_and_propagations_learn_too(options: dict[str, str], tmp_path: Path) -> None:
     config = configure_nodes(options={**OPTIONS, "fit.patience": "None", **options}, epochs=30)

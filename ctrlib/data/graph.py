@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ctrlib.batch import Batch, Edges, Ragged
-from ctrlib.data.adjacency import Adjacency, Nodes, entries
+from ctrlib.batch import Batch, Edges
+from ctrlib.data.adjacency import Adjacency, Nodes
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import Source, open_source
 from ctrlib.schema import DataError, Schema, SequenceField
@@ -223,21 +223,6 @@ def encode_nodes(encoder: Encoder, table: Source, ids: Any) -> Batch:
             "have none); give it one, such as a value that says 'none', or remove the node"
         )
     return batch
-
-
-def take_nodes(batch: Batch, nodes: Nodes) -> Batch:
-    """The features of some nodes, in this order."""
-    at = torch.from_numpy(nodes)
-
-    def part(ragged: Ragged) -> Ragged:
-        flat = ragged.flat
-        values_at, _ = entries(flat.offsets.numpy().astype(np.int64), nodes)
-        lengths = (flat.offsets[1:] - flat.offsets[:-1])[at]
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
-        return Ragged(flat.values[torch.from_numpy(values_at)], offsets)
-
-    sequences = {name: part(ragged) for name, ragged in batch.sequences.items()}
-    return Batch(sparse=batch.sparse[at], dense=batch.dense[at], sequences=sequences)
 
 
 def _plain(values: Any) -> Any:

@@ -14,12 +14,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctrlib.batch import Batch, Edges
+from ctrlib.batch import Batch, Edges, Ragged
 from ctrlib.data.adjacency import Adjacency, Nodes, entries
-from ctrlib.data.graph import Graph, take_nodes
+from ctrlib.data.graph import Graph
 from ctrlib.schema import DataError
 
 Partition = Literal["auto", "metis", "random"]
+
+
+def take_nodes(batch: Batch, nodes: Nodes) -> Batch:
+    """The features of some nodes, in this order."""
+    at = torch.from_numpy(nodes)
+
+    def part(ragged: Ragged) -> Ragged:
+        flat = ragged.flat
+        values_at, _ = entries(flat.offsets.numpy().astype(np.int64), nodes)
+        lengths = (flat.offsets[1:] - flat.offsets[:-1])[at]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+        return Ragged(flat.values[torch.from_numpy(values_at)], offsets)
+
+    sequences = {name: part(ragged) for name, ragged in batch.sequences.items()}
+    return Batch(sparse=batch.sparse[at], dense=batch.dense[at], sequences=sequences)
 
 
 def sample_neighbourhood(

@@ -30,7 +30,7 @@ class CatGCN(ModelComponent):
         H = a·MLP_g(h_g) + (1 − a)·MLP_l(h_l),  Y = Ã^L H
 
     with h_l and h_g of :class:`~ctrlib.interactions.catgcn.CatInteraction` over the bag of a node: the values of all its
-    sequence fields, and those of its sparse fields. Missing values are not in the bag. Shape: Batch with ``edges`` → logits
+    sequence fields, and those of its sparse fields. Padding is not in the bag. Shape: Batch with ``edges`` → logits
     [B, C]; without edges every node stands alone.
 
     Nodes are encoded in blocks. Of several blocks nothing but their [block, C] results is kept for the gradient, and each is
@@ -38,7 +38,7 @@ class CatGCN(ModelComponent):
     gradient is the same. The graph's part sees all nodes at once, and has C columns only.
 
     Raises:
-        ConfigError: numeric fields; no classes; the options name an ``output_dim`` or first-order reading.
+        ConfigError: the data has numeric fields, or no classes.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ class CatGCN(ModelComponent):
         self._sparse = [(i, c.name) for i, c in enumerate(layout.sparse) if c.name in names]
         self._sequences = [c.name for c in layout.sequences if c.name in names]
         self.propagation = Propagation(config.propagation, len(layout.classes))
-        inside = _with_output(config.interaction, self.propagation.in_width)
+        inside = replace(config.interaction, output_dim=self.propagation.in_width)
         self.interaction: CatInteraction = CatInteraction(inside, FieldLayout(names, config.embedding.dim))
         initialize(self, config.weight_init)
         with torch.no_grad():  # what no node had should say nothing, and would else stay random
@@ -113,7 +113,9 @@ class CatGCN(ModelComponent):
         return torch.cat(blocks)
 
     def forward(self, batch: Batch) -> Output:
-        return Output(self.propagation(self.encode(batch), batch.edges), classes=True)
+        h_BC = self.encode(batch)
+        h_BC = h_BC.to(torch.promote_types(h_BC.dtype, torch.float32))  # sums over many neighbours, also under autocast
+        return Output(self.propagation(h_BC, batch.edges), classes=True)
 
     def _encode(self, bags: Mapping[str, Ids]) -> Tensor:
         vectors: list[Bag] = [(self.embedding.values(ids, name), offsets) for name, (ids, offsets) in bags.items()]
@@ -125,10 +127,6 @@ class CatGCN(ModelComponent):
         bags = {name: _without_padding(r.values, r.offsets) for name, r in flat.items()}
         ones = torch.arange(len(batch) + 1, dtype=torch.int32, device=batch.sparse.device)
         return bags | {name: _without_padding(batch.sparse[:, i], ones) for i, name in self._sparse}
-
-
-def _with_output(config: CatInteraction.Config, width: int) -> CatInteraction.Config:
-    return replace(config, output_dim=width)
 
 
 def _without_padding(ids_T: Tensor, offsets_B1: Tensor) -> Ids:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +54,7 @@ class Baseline(nn.Module):
             self.layers = nn.ModuleList([*(layer(WIDTH, WIDTH) for _ in range(depth - 1)), layer(WIDTH, classes)])
 
     def forward(self, batch: Batch) -> Output:
-        x = cast(Tensor, self.embedding(batch)).flatten(1)
+        x = self.embedding(batch).flatten(1)
         for i, layer in enumerate(self.layers):
             x = F.dropout(x.relu() if i else x, self.dropout, self.training)
             x = layer(x) if isinstance(layer, nn.Linear) else layer(x, self.index)

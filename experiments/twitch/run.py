@@ -34,7 +34,7 @@ from ctrlib.models.propagation import Propagation
 from ctrlib.optim import OptimizerConfig, ScheduleConfig
 from ctrlib.schema import DataError, suggest
 from ctrlib.training import FitConfig, evaluate, fit, seed_everything
-from datasets import twitch
+from datasets import common, twitch
 from experiments import seeds
 
 HERE = Path(__file__).resolve().parent
@@ -111,6 +111,7 @@ def build(name: str, setting: Setting, graph: Graph) -> nn.Module:
     config = CatGCN.Config(
         interaction=replace(inside, **CATGCN[name]),
         propagation=Propagation.Config(name=how, hops=hops, dropout=setting["dropout"]),  # type: ignore[arg-type]
+        recompute=False,
     )
     return build_model(config, graph.encoder.layout)
 
@@ -172,7 +173,7 @@ def tuned(country: str, name: str, options: argparse.Namespace) -> dict[str, flo
 def read(country: str, seed: int) -> Graph:
     """The graph of a country, cut by the seed."""
     raw = Path(os.environ.get("CTRLIB_DATA", HERE.parents[2] / "shared" / "data")) / "twitch"
-    twitch.common.require_files(raw, *(pattern.format(country) for pattern in twitch.FOLDERS))
+    common.require_files(raw, *(pattern.format(country) for pattern in twitch.FOLDERS))
     options = GraphOptions(label="mature", seed=seed)
     return read_graph(twitch.read_nodes(raw, country), twitch.read_edges(raw, country), options)
 

@@ -9,7 +9,8 @@ import torch
 
 from ctrlib.batch import Edges
 from ctrlib.data.adjacency import Adjacency, entries
-from ctrlib.data.graph import GraphOptions, read_graph, take_nodes
+from ctrlib.data.graph import GraphOptions, read_graph
+from ctrlib.data.subgraphs import take_nodes
 from ctrlib.schema import DataError, Schema, SequenceField, SparseField
 from tests import graphs
 from tests.reference.catgcn import node_matrix

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch, Edges, Ragged
 from ctrlib.config import ConfigError, from_json, to_json
 from ctrlib.data.adjacency import Adjacency
-from ctrlib.data.graph import take_nodes
+from ctrlib.data.subgraphs import take_nodes
 from ctrlib.interactions.catgcn import CatInteraction
 from ctrlib.losses import total_loss
 from ctrlib.models.catgcn import CatGCN, node_preset
