@@ -43,8 +43,8 @@ def sample_neighbourhood(
     """Nodes from which ``len(fan_outs)`` hops reach the seeds, and the rows of the matrix that they need, sampled.
 
     A node d hops from the seeds takes from ``fan_outs[d]`` of its neighbours, drawn without replacement, or from all where it
-    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average. Its own weight
-    is kept. With large numbers this is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and
+    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average (over three hops or
+    more nearly so, for a walk that comes back to a node meets the same draw). Its own weight is kept. With large numbers this is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and
     what is wrong there is too far away to arrive.
 
     Args:
@@ -89,7 +89,7 @@ def sample_neighbourhood(
 
 
 def first_of_each(owner_E: Nodes, keys_E: npt.NDArray[np.float64], count: int) -> Nodes:
-    """The entries with the ``count`` smallest keys of each owner; owners are in runs."""
+    """The entries with the ``count`` smallest keys of each owner; owners are ascending."""
     order = np.lexsort((keys_E, owner_E))
     starts = np.searchsorted(owner_E, owner_E)
     return order[np.arange(len(owner_E)) - starts < count]
@@ -207,7 +207,8 @@ class Clusters:
         self._graph, self._weights, self._seed = graph, graph.weights(split, class_weights), seed
         self._each = parts_per_batch
         self._by_part = np.argsort(part_of, kind="stable")
-        self._bounds = np.searchsorted(part_of[self._by_part], np.arange(part_of.max() + 2))
+        _, starts = np.unique(part_of[self._by_part], return_index=True)  # METIS may leave a part empty
+        self._bounds = np.append(starts, len(part_of))
         self._epoch = 0
 
     def __len__(self) -> int:

@@ -146,7 +146,7 @@ class CatInteraction(Interaction):
             for x_TD, offsets in bags:
                 rows_T = segment_ids(offsets, x_TD.shape[0])
                 share_B1 = 1 / (count_B1 + probe_B1).clamp(min=1)
-                # Two gathers of [T, D] fewer than by the formula: (Σ e)/(S + ρ) is divided before it is spread.
+                # divided before it is spread to the values: one pass over [T, D] less
                 own_T1 = (probe_B1 * share_B1).index_select(0, rows_T)
                 smooth_TD = torch.addcmul(expand(total_BD * share_B1, rows_T), own_T1, x_TD)
                 parts.append(segment_sum(self._activate(smooth_TD), offsets))

@@ -102,6 +102,11 @@ def test_clusters_hold_every_node_once_with_a_matrix_of_their_own() -> None:
         torch.testing.assert_close(take(batch.edges, degree), degree, rtol=0, atol=1e-5)
 
 
+def test_an_empty_part_is_no_batch() -> None:
+    part_of = np.where(np.arange(120) < 60, 0, 2).astype(np.int32)
+    assert [len(batch) for batch in Clusters(GRAPH, "train", WEIGHTS, part_of)] == [60, 60]
+
+
 def test_one_cluster_is_the_full_batch() -> None:
     (batch,) = Clusters(GRAPH, "train", WEIGHTS, np.zeros(120, dtype=np.int32))
     full = GRAPH.batch("train", WEIGHTS)
