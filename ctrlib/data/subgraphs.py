@@ -1,6 +1,6 @@
 """Batches of parts of a graph: sampled neighbourhoods of some nodes, or clusters of nodes.
 
-Both shuffle anew each time they are iterated, from ``(seed, epoch)``. Shape letters: N nodes, S seed nodes, E edges.
+Both shuffle anew each time they are iterated, from ``(seed, epoch)``. Shape letters: N nodes, B of them in a batch, S seed nodes, E edges.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def take_nodes(batch: Batch, nodes: Nodes) -> Batch:
 
 
 def sample_neighbourhood(
-    adjacency: Adjacency, edges: Edges, seeds: Nodes, fan_outs: Sequence[int], rng: np.random.Generator
+    adjacency: Adjacency, seeds: Nodes, fan_outs: Sequence[int], rng: np.random.Generator
 ) -> tuple[Nodes, Edges]:
     """Nodes from which ``len(fan_outs)`` hops reach the seeds, and the rows of the matrix that they need, sampled.
 
     A node d hops from the seeds takes from ``fan_outs[d]`` of its neighbours, drawn without replacement, or from all where it
-    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average (over three hops or
-    more nearly so, for a walk that comes back to a node meets the same draw). Its own weight is kept. With large numbers this is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and
-    what is wrong there is too far away to arrive.
+    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average (over three hops
+    or more nearly so, for a walk that comes back to a node meets the same draw). Its own weight is kept. With large numbers this
+    is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and what is wrong there is too far away
+    to arrive.
 
     Args:
         adjacency: the graph.
-        edges: its matrix, see :meth:`.Adjacency.normalized`.
         seeds: [S], each once.
         fan_outs: neighbours, hop by hop.
         rng: draws them.
@@ -64,7 +64,7 @@ def sample_neighbourhood(
     rows, columns, scales = [], [], []
     for fan_out in fan_outs:
         at_E, owner_E = entries(adjacency.offsets, frontier)
-        degree = adjacency.degrees[frontier]
+        degree = adjacency.offsets[frontier + 1] - adjacency.offsets[frontier]
         kept_E = first_of_each(owner_E, rng.random(len(at_E)), fan_out)
         at_E, owner_E = at_E[kept_E], owner_E[kept_E]
         found_E = adjacency.neighbours[at_E].astype(np.int64)
@@ -78,12 +78,12 @@ def sample_neighbourhood(
         frontier = new
     everyone = np.concatenate(nodes)
     row_E = np.concatenate([*rows, np.arange(count)])  # a loop for each
-    column_E = np.concatenate([*columns, everyone])
-    scale_N = 1 / np.sqrt(adjacency.degrees + 1.0)
-    weight_E = scale_N[everyone[row_E]] * scale_N[column_E] * np.concatenate([*scales, np.ones(count)])
+    column_E = place_N[np.concatenate([*columns, everyone])]
+    scale_B = 1 / np.sqrt(adjacency.offsets[everyone + 1] - adjacency.offsets[everyone] + 1.0)
+    weight_E = scale_B[row_E] * scale_B[column_E] * np.concatenate([*scales, np.ones(count)])
     order = np.argsort(row_E, kind="stable")
     offsets = np.searchsorted(row_E[order], np.arange(count + 1)).astype(np.int32)
-    sources = torch.from_numpy(place_N[column_E[order]].astype(np.int32))
+    sources = torch.from_numpy(column_E[order].astype(np.int32))
     weight = torch.from_numpy(weight_E[order].astype(np.float32))
     return everyone, Edges(torch.from_numpy(offsets), sources, weight, symmetric=False)
 
@@ -136,7 +136,7 @@ class Neighbourhoods:
         graph = self._graph
         for start in range(0, len(order), self._batch_size):
             seeds = order[start : start + self._batch_size]
-            nodes, edges = sample_neighbourhood(graph.adjacency, graph.edges, seeds, self._fan_outs, rng)
+            nodes, edges = sample_neighbourhood(graph.adjacency, seeds, self._fan_outs, rng)
             weight = np.where(np.arange(len(nodes)) < len(seeds), self._weights[nodes], 0).astype(np.float32)
             yield _batch(graph, nodes, edges, weight)
 
