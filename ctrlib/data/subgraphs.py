@@ -1,6 +1,8 @@
 """Batches of parts of a graph: sampled neighbourhoods of some nodes, or clusters of nodes.
 
-Both shuffle anew each time they are iterated, from ``(seed, epoch)``. Shape letters: N nodes, B of them in a batch, S seed nodes, E edges.
+Both shuffle anew each time they are iterated, from ``(seed, epoch)``.
+
+Shape letters: N nodes, B of them in a batch, S seed nodes, E edges.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ def sample_neighbourhood(
     """Nodes from which ``len(fan_outs)`` hops reach the seeds, and the rows of the matrix that they need, sampled.
 
     A node d hops from the seeds takes from ``fan_outs[d]`` of its neighbours, drawn without replacement, or from all where it
-    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average (over three hops
-    or more nearly so, for a walk that comes back to a node meets the same draw). Its own weight is kept. With large numbers this
-    is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and what is wrong there is too far away
-    to arrive.
+    has no more; the weights of those drawn are scaled by their share, so that what it takes is right on average (over three
+    hops or more nearly so, for a walk that comes back to a node meets the same draw). Its own weight is kept. With large
+    numbers this is the full batch, exactly, for the seeds: the last nodes have no rows but their own, and what is wrong there
+    is too far away to arrive.
 
     Args:
         adjacency: the graph.
