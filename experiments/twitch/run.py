@@ -2,8 +2,7 @@
 
 Every model is tuned on the validation nodes of the first seed by the same number of settings, then trained with five seeds.
 Writes a JSON for every tuning and for every model and seed into ``results/``, and the tables, README.md. What is there already
-is not run again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/twitch`` (default ``../shared/data``) and
-needs the extra ``graph``.
+is not run again, so that the command goes on where it stopped. Reads ``$CTRLIB_DATA/twitch`` and needs the extra ``graph``.
 """
 
 from __future__ import annotations
