@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from ctrlib.config import ConfigError
     from ctrlib.cpu import tune_cpu
     from ctrlib.data.encoder import Encoder
+    from ctrlib.data.graph import GraphOptions
     from ctrlib.data.loader import Loader, StreamLoader
     from ctrlib.data.store import Store
     from ctrlib.embedding import FeatureEmbedding
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
+    from ctrlib.node_artifact import NodeArtifact, load_nodes
+    from ctrlib.nodes import configure_nodes, train_nodes
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
@@ -30,12 +33,15 @@ _MODULES = {
     "config": ("ConfigError",),
     "cpu": ("tune_cpu",),
     "data.encoder": ("Encoder",),
+    "data.graph": ("GraphOptions",),
     "data.loader": ("Loader", "StreamLoader"),
     "data.store": ("Store",),
     "embedding": ("FeatureEmbedding",),
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
+    "node_artifact": ("NodeArtifact", "load_nodes"),
+    "nodes": ("configure_nodes", "train_nodes"),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
@@ -54,8 +60,10 @@ __all__ = [
     "Encoder",
     "FeatureEmbedding",
     "FitConfig",
+    "GraphOptions",
     "History",
     "Loader",
+    "NodeArtifact",
     "Output",
     "RunConfig",
     "Schema",
@@ -68,17 +76,20 @@ __all__ = [
     "build_model",
     "compact",
     "configure",
+    "configure_nodes",
     "demo",
     "evaluate",
     "evaluate_run",
     "fit",
     "load",
+    "load_nodes",
     "prepare",
     "preset",
     "run_experiment",
     "save",
     "seed_everything",
     "train",
+    "train_nodes",
     "tune_cpu",
 ]
 

@@ -57,14 +57,15 @@ class Artifact:
             data: anything :func:`~ctrlib.data.source.open_source` accepts; labels are not needed.
 
         Returns:
-            [N] probabilities, or [N, T] for several labels; unseen values count as OOV, nulls as missing.
+            [N] probabilities, [N, T] for several labels, or [N, C] for classes; unseen values count as OOV, nulls as missing.
 
         Raises:
             DataError: a column is missing, or a value cannot be what its field says; names the column and the row.
         """
         table = self._open(data)
         if table.num_rows == 0:
-            return np.zeros((0,) if len(self.schema.labels) == 1 else (0, len(self.schema.labels)))
+            columns = len(self.schema.classes) or len(self.schema.labels)
+            return np.zeros((0,) if columns == 1 else (0, columns))
         return predict(self.model, self.batches(table, labels=False)).probability
 
     def explain(self, data: object) -> dict[str, Explanation]:

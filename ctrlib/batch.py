@@ -33,6 +33,23 @@ class Ragged:
         return self if self.inner is None else Ragged(self.values, self.inner[self.offsets.long()])
 
 
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """Which rows of a batch a row takes from, and how much: a sparse [B, B] matrix by rows.
+
+    Row b takes ``weight[e]`` of row ``sources[e]`` for e from ``offsets[b]`` to ``offsets[b + 1]``. ``offsets`` [B + 1] and
+    ``sources`` [E] are int32, ``weight`` [E] float32.
+
+    Attributes:
+        symmetric: the matrix is its own transpose, as that of an undirected graph.
+    """
+
+    offsets: Tensor
+    sources: Tensor
+    weight: Tensor
+    symmetric: bool = True
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Tensors of B rows; what the columns mean is in :class:`~ctrlib.schema.BatchLayout`.
@@ -41,9 +58,10 @@ class Batch:
         sparse: [B, F] int32 ids within each field; 0 is padding, 1 is OOV. Ids and floats are never mixed.
         dense: [B, F] float32; NaN marks a missing value.
         sequences: by field name.
-        labels: [B, T] float32 of 0 and 1; ``None`` when serving.
+        labels: [B, T] float32 of 0 and 1, or [B] int64 of classes; ``None`` when serving.
         weight: [B] float32 row weights, or ``None`` for equal weights.
         group: [B] int64 codes of the GAUC group, or ``None``.
+        edges: where rows are nodes of a graph.
     """
 
     sparse: Tensor
@@ -52,6 +70,7 @@ class Batch:
     labels: Tensor | None = None
     weight: Tensor | None = None
     group: Tensor | None = None
+    edges: Edges | None = None
 
     def __len__(self) -> int:
         return self.sparse.shape[0]
@@ -68,21 +87,27 @@ class Batch:
         changed: dict[str, Tensor | None] = {
             f.name: None if (value := getattr(self, f.name)) is None else change(value)
             for f in fields(self)
-            if f.name != "sequences"
+            if f.name not in ("sequences", "edges")
         }
+        e = self.edges
+        edges = None if e is None else Edges(change(e.offsets), change(e.sources), change(e.weight), e.symmetric)
         sequences = {
             name: Ragged(change(r.values), change(r.offsets), None if r.inner is None else change(r.inner))
             for name, r in self.sequences.items()
         }
-        return Batch(sequences=sequences, **changed)  # type: ignore[arg-type]
+        return Batch(sequences=sequences, edges=edges, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a model returns: ``logits`` [B] (or [B, T] tasks) and auxiliary losses by name, scalars to be added."""
+    """What a model returns: ``logits`` [B] (or [B, T] tasks) and auxiliary losses by name, scalars to be added.
+
+    ``classes``: the logits are [B, C], of the classes of one label, which exclude one another.
+    """
 
     logits: Tensor
     auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: bool = False
 
 
 class Model(Protocol):

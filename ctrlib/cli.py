@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ctrlib import experiment
+from ctrlib import experiment, nodes
 from ctrlib.config import ConfigError
 from ctrlib.cpu import tune_cpu
+from ctrlib.data.graph import GraphOptions
 from ctrlib.data.split import SplitBy
 from ctrlib.files import json_text
+from ctrlib.models.catgcn import NODE_FLAVOURS, NODE_MODELS
 from ctrlib.models.presets import PRESETS
 from ctrlib.schema import DataError
 from ctrlib.search import select as selecting
@@ -88,17 +90,13 @@ def _data_options(
     ways: dict[str, SplitBy] = {"auto": "auto", "time": "time", "random": "random", "order": "order"}
     if split not in ways:
         raise ConfigError(f"--split is {split!r}; expected one of {', '.join(ways)}")
-    try:
-        train, validation, testing = (float(part) for part in shares.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--shares is {shares!r}; expected three numbers such as 0.8,0.1,0.1") from error
     return experiment.DataOptions(
         label=tuple(label) if label else None,
         schema=schema,
         valid=valid,
         test=test,
         split=ways[split],
-        shares={"train": train, "valid": validation, "test": testing},
+        shares=_shares(shares),
         group=group,
         time=time,
         weight=weight,
@@ -109,6 +107,14 @@ def _data_options(
         cross_hash_size=cross_hash,
         cross_memory_mb=cross_memory,
     )
+
+
+def _shares(text: str) -> dict[str, float]:
+    try:
+        train, validation, testing = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--shares is {text!r}; expected three numbers such as 0.8,0.1,0.1") from error
+    return {"train": train, "valid": validation, "test": testing}
 
 
 def _assignments(option: str, items: list[str] | None) -> dict[str, str]:
@@ -171,9 +177,11 @@ def prepare(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
     model: Annotated[str, typer.Option(help="A name from `ctrlib models`.")],
     out: Out,
+    data: Annotated[
+        str | None, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store; or --nodes.")
+    ] = None,
     label: Label = None,
     schema: SchemaFile = None,
     valid: Valid = None,
@@ -183,9 +191,19 @@ def train(
     group: Group = None,
     time: Time = None,
     weight: Weight = None,
-    flavour: Flavour = "paper",
+    flavour: Annotated[
+        str | None, typer.Option(help="paper (default), fuxictr or official; of nodes released_code (default) or paper.")
+    ] = None,
     set_: Settings = None,
     epochs: Epochs = None,
+    node_table: Annotated[
+        str | None, typer.Option("--nodes", help="Nodes of a graph instead of rows: id, features, label.")
+    ] = None,
+    edges: Annotated[str | None, typer.Option(help="Edges between the nodes.")] = None,
+    node_id: Annotated[str, typer.Option("--id", help="Column that names nodes.")] = "id",
+    ends: Annotated[str, typer.Option(help="Columns of both ends of an edge.")] = "source,target",
+    node_split: Annotated[str | None, typer.Option("--split-column", help="Column of nodes: train, valid or test.")] = None,
+    symmetrize: Annotated[bool, typer.Option("--symmetrize", help="Forget the directions of directed edges.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Encode while training instead of writing a store first.")] = False,
     crosses: Crosses = None,
     cross_max: CrossMax = None,
@@ -193,8 +211,45 @@ def train(
     cross_memory: CrossMemory = None,
     seed: Seed = 0,
 ) -> None:
-    """Train, evaluate and save one model."""
-    config = experiment.configure(model, flavour, _assignments("--set", set_), epochs)
+    """Train, evaluate and save one model, of rows or of the nodes of a graph."""
+    if node_table is not None or edges is not None:
+        if node_table is None or edges is None or data is not None or label is None or len(label) != 1:
+            raise ConfigError("a graph is given by --nodes FILE --edges FILE --label COLUMN, without other data")
+        of_rows: dict[str, object] = {
+            "--valid": valid,
+            "--test": test,
+            "--group": group,
+            "--time": time,
+            "--weight": weight,
+            "--stream": stream,
+        }
+        of_rows |= {"--cross-min-count": crosses, "--cross-max-size": cross_max, "--cross-hash-size": cross_hash}
+        if given := [option for option, value in of_rows.items() if value]:
+            raise ConfigError(f"{', '.join(given)} is for rows, not for nodes; name the nodes of each split by --split-column")
+        source, comma, target = ends.partition(",")
+        if not comma:
+            raise ConfigError(f"--ends is {ends!r}; expected two columns such as source,target")
+        graph = GraphOptions(
+            label=label[0],
+            id=node_id,
+            source=source,
+            target=target,
+            schema=schema,
+            split=node_split,
+            shares=_shares(shares),
+            symmetrize=symmetrize,
+            seed=seed,
+        )
+        settings = nodes.configure_nodes(model, flavour, _assignments("--set", set_), epochs)
+        report = nodes.train_nodes(node_table, edges, settings, out, graph, name=model, seed=seed)
+        _print_report(report)
+        print(f"saved to {out} (artifact, graph, config.json, history.jsonl, metrics.json)")
+        if report["interrupted"]:
+            sys.exit(130)
+        return
+    if data is None:
+        raise ConfigError("there is no data; name a file of rows, or --nodes and --edges")
+    config = experiment.configure(model, flavour or "paper", _assignments("--set", set_), epochs)
     crossing = crosses, cross_max, cross_hash, cross_memory
     options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream, *crossing)
     report = experiment.train(data, config, out, options, name=model, seed=seed)
@@ -283,8 +338,16 @@ def evaluate(
 
 
 @app.command()
-def models() -> None:
+def models(
+    of_nodes: Annotated[
+        bool, typer.Option("--nodes", help="Those of the nodes of a graph, for train --nodes --edges.")
+    ] = False,
+) -> None:
     """List the models by name."""
+    if of_nodes:
+        for name in NODE_MODELS:
+            print(f"{name}  categorical features inside nodes, then edges  [{', '.join(NODE_FLAVOURS)}]  arXiv:2009.05303")
+        return
     width = max(map(len, PRESETS))
     for name, preset in PRESETS.items():
         print(f"{name:<{width}}  {preset.description}  [{', '.join(preset.flavours)}]  {preset.paper}")
@@ -310,7 +373,7 @@ def run(
 def _print_report(report: dict[str, Any]) -> None:
     rows = ", ".join(f"{name} {count:,}" for name, count in report["rows"].items())
     print(f"{report['model']}: {report['parameters']:,} parameters; rows: {rows}; best epoch {report['best_epoch']:g}")
-    metrics = ("auc", "gauc", "ndcg@10", "log_loss", "normalized_entropy", "ece", "copc")
+    metrics = ("accuracy", "macro_f1", "auc", "gauc", "ndcg@10", "log_loss", "normalized_entropy", "ece", "copc")
     for split in ("valid", "test"):
         if split in report:
             print(f"{split:<6}" + "".join(f"  {m} {report[split][m]:.5f}" for m in metrics if m in report[split]))

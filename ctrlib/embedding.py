@@ -151,6 +151,14 @@ class FeatureEmbedding(Component, nn.Module):
     def __call__(self, batch: Batch) -> Tensor:
         return cast(Tensor, super().__call__(batch))
 
+    def values(self, ids_N: Tensor, field: str) -> Tensor:
+        """The vector of each of some ids of a sparse or sequence field, nothing pooled. Shape: [N] → [N, D].
+
+        Gates, projections and dropout are those of tokens.
+        """
+        table = next(table for table in self._tables if field in table.places)
+        return F.dropout(table.read([ids_N], [field]).squeeze(1), self.config.dropout, self.training)
+
     def attributes(self, history: str) -> FieldLayout:
         """The A attributes of a history that this embedding reads, and D: axes 1 and 2 of what the next two methods return.
 

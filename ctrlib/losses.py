@@ -51,15 +51,44 @@ def bce_loss(logits: Tensor, labels_BT: Tensor, weight: Tensor | None = None) ->
     return losses_T.mean()
 
 
+def class_loss(logits_BC: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross entropy of classes that exclude one another: Σ_b w_b·(−ln softmax(z_b)[y_b]) / Σ_b w_b.
+
+    Computed in float32 at least. A batch whose weights are all 0 gives 0; the label of such a row is not read, but must be a
+    class.
+
+    Args:
+        logits_BC: [B, C].
+        labels: [B] int64 from 0 to C − 1.
+        weight: [B]; ``None``: every row weighs 1.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: the labels are no classes.
+    """
+    if labels.is_floating_point() or labels.shape != logits_BC.shape[:1]:
+        raise ConfigError(
+            f"the model returns logits of classes, {tuple(logits_BC.shape)}, for labels {labels.dtype} of shape "
+            f"{tuple(labels.shape)}; expected the number of one class for every row: train it on nodes of a graph"
+        )
+    losses_B = F.cross_entropy(logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)), labels, reduction="none")
+    if weight is None:
+        return losses_B.mean()
+    weight_B = weight.to(losses_B.dtype)
+    return (weight_B * losses_B).sum() / weight_B.sum().clamp(min=torch.finfo(weight_B.dtype).tiny)
+
+
 def total_loss(output: Output, batch: Batch) -> Tensor:
-    """:func:`bce_loss` plus the model's auxiliary losses; a scalar.
+    """:func:`bce_loss` (of classes :func:`class_loss`) plus the model's auxiliary losses; a scalar.
 
     Raises:
         DataError: the batch has no labels.
     """
     if batch.labels is None:
         raise DataError("the batch has no labels; training needs the label columns that the schema names")
-    loss = bce_loss(output.logits, batch.labels, batch.weight)
+    loss = (class_loss if output.classes else bce_loss)(output.logits, batch.labels, batch.weight)
     for auxiliary in output.auxiliary.values():
         loss = loss + auxiliary
     return loss

@@ -200,6 +200,54 @@ def summarize_tasks(
     return mean | {"rows": len(y_NT), "labels": tasks}
 
 
+def summarize_classes(labels: ArrayLike, probabilities: ArrayLike, *, weight: ArrayLike | None = None) -> dict[str, float]:
+    """Metrics of one label of C classes.
+
+    Weights balance classes in the log loss; in the other metrics a row counts once if its weight is above 0, else not at all.
+
+    Args:
+        labels: [N] of 0 to C − 1.
+        probabilities: [N, C] in [0, 1].
+        weight: [N].
+
+    Returns:
+        ``rows`` (an int, of those that count), ``accuracy`` of the likeliest class, ``macro_f1`` (the mean over classes of
+        2·hits / (rows of the class + rows said to be of it), over those that are there or are said to be), ``auc`` (of the
+        second class; of more than two, the mean of each against the rest) and ``log_loss``.
+
+    Raises:
+        DataError: see the top of this module.
+    """
+    p_NC, y_N = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    if p_NC.ndim != 2 or y_N.shape != p_NC.shape[:1]:
+        raise DataError(
+            f"labels are of shape {y_N.shape}, probabilities of shape {p_NC.shape}; expected [rows], [rows, classes]"
+        )
+    w_N = np.ones(len(y_N)) if weight is None else np.asarray(weight, dtype=np.float64)
+    if w_N.shape != y_N.shape:
+        raise DataError(f"weight is of shape {w_N.shape}; expected {y_N.shape}, one per row")
+    _refuse(~np.isfinite(w_N) | (w_N < 0), w_N, "weights are negative or not finite; expected numbers from 0 up")
+    kept_N = w_N > 0
+    p_NC, y_N, w_N = p_NC[kept_N], y_N[kept_N].astype(np.int64), w_N[kept_N]
+    count = p_NC.shape[1]
+    _refuse((y_N < 0) | (y_N >= count), y_N.astype(np.float64), f"labels are no class; expected 0 to {count - 1}")
+    outside_N = ~np.all((p_NC >= 0) & (p_NC <= 1), axis=1)
+    _refuse(outside_N, p_NC.max(1, initial=0), "rows have probabilities outside [0, 1]; expected probabilities, not logits")
+    said_N = p_NC.argmax(1)
+    there_C, told_C = np.bincount(y_N, minlength=count), np.bincount(said_N, minlength=count)
+    hits_C = np.bincount(y_N[said_N == y_N], minlength=count)
+    known_C = there_C + told_C > 0
+    own_N = np.clip(p_NC[np.arange(len(y_N)), y_N], np.finfo(np.float64).eps, 1)
+    aucs = [auc(y_N == c, p_NC[:, c]) for c in ([1] if count == 2 else range(count))]
+    return {
+        "rows": len(y_N),
+        "accuracy": _ratio(hits_C.sum(), len(y_N)),
+        "macro_f1": _ratio((2 * hits_C[known_C] / (there_C + told_C)[known_C]).sum(), known_C.sum()),
+        "auc": float(np.mean(aucs)),
+        "log_loss": _ratio(-(w_N * np.log(own_N)).sum(), w_N.sum()),
+    }
+
+
 def by_segment(
     segment: Iterable[object], labels: ArrayLike, probabilities: ArrayLike, *, weight: ArrayLike | None = None
 ) -> list[dict[str, Any]]:

@@ -256,6 +256,7 @@ class Schema:
         weight: column of non-negative row weights.
         ignored: columns that are not features, with the reason; for people to read.
         histories: which sequence fields are attributes of the same behaviours.
+        classes: the values of the one label, as text, where it is a class and not 0 or 1: of nodes of a graph.
     """
 
     fields: tuple[Field, ...]
@@ -265,8 +266,14 @@ class Schema:
     weight: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
     histories: tuple[History, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.classes and (len(self.labels) != 1 or len(set(self.classes)) < max(2, len(self.classes))):
+            raise DataError(
+                f"the schema has {len(self.labels)} labels with the classes {', '.join(self.classes):.80}; expected one label, "
+                "and two or more classes, each once"
+            )
         if not self.labels:
             raise DataError("the schema names no label; expected at least one column of 0s and 1s")
         names = [f.name for f in self.fields]
@@ -464,6 +471,7 @@ class Schema:
             "fields": out,
             **({"ignored": dict(self.ignored)} if self.ignored else {}),
             **({"histories": [{"name": h.name, **_changed_options(h)} for h in self.histories]} if self.histories else {}),
+            **({"classes": list(self.classes)} if self.classes else {}),
         }
 
     @classmethod
@@ -486,6 +494,8 @@ class Schema:
             raise DataError(f"schema: labels is {labels!r:.80}; expected a list of column names")
         if not isinstance(ignored, Mapping):
             raise DataError(f"schema: ignored is {ignored!r:.80}; expected an object of reasons by column name")
+        if not _is_list_of(str, data.get("classes", [])):
+            raise DataError(f"schema: classes is {data['classes']!r:.80}; expected a list of the label's values as text")
         for key in ("group", "time", "weight"):
             if not isinstance(data.get(key), str | None):
                 raise DataError(f"schema: {key} is {data[key]!r:.80}; expected a column name or null")
@@ -516,6 +526,7 @@ class Schema:
             weight=data.get("weight"),
             ignored=dict(ignored),
             histories=tuple(histories),
+            classes=tuple(data.get("classes", ())),
         )
 
     def save(self, path: str | Path) -> None:
@@ -618,13 +629,17 @@ class HistoryColumn:
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """What the columns of a :class:`~ctrlib.batch.Batch` mean: all a model needs to know of the data."""
+    """What the columns of a :class:`~ctrlib.batch.Batch` mean: all a model needs to know of the data.
+
+    ``classes``: of the one label, where it is a class; else empty.
+    """
 
     sparse: tuple[SparseColumn, ...] = ()
     dense: tuple[DenseColumn, ...] = ()
     sequences: tuple[SequenceColumn, ...] = ()
     labels: tuple[str, ...] = ("label",)
     histories: tuple[HistoryColumn, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,13 +22,13 @@ from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, check_not_negative, positive
 from ctrlib.files import finite
 from ctrlib.losses import total_loss
-from ctrlib.metrics import summarize, summarize_tasks
+from ctrlib.metrics import summarize, summarize_classes, summarize_tasks
 from ctrlib.optim import OptimizerConfig, Schedule, ScheduleConfig, build_optimizer
 from ctrlib.progress import Tracker, track
 from ctrlib.ranking_metrics import summarize_ranking
 from ctrlib.schema import DataError
 
-Monitor = Literal["auc", "log_loss", "auc-log_loss", "gauc"]
+Monitor = Literal["auc", "log_loss", "auc-log_loss", "gauc", "accuracy", "macro_f1"]
 Precision = Literal["fp32", "bf16"]
 
 _log = logging.getLogger("ctrlib")
@@ -56,7 +56,8 @@ class FitConfig:
         epochs: at most this many.
         optimizer: see :class:`~ctrlib.optim.OptimizerConfig`.
         schedule: see :class:`~ctrlib.optim.ScheduleConfig`.
-        monitor: the validation metric to improve; ``log_loss`` is minimised, the others are maximised.
+        monitor: the validation metric to improve; ``log_loss`` is minimised, the others are maximised. ``accuracy`` and
+            ``macro_f1`` are there for labels of classes only, ``gauc`` for rows with groups.
         patience: stop after this many evaluations in a row without improvement; ``None``: never.
         min_delta: an improvement is more than this above the best so far.
         evaluate_every: evaluate after each such fraction of an epoch, and always at its end.
@@ -92,20 +93,25 @@ class Predictions:
     """What a model says of N rows, and what was true of them.
 
     Attributes:
-        logits: [N] float64, or [N, T] for several tasks.
-        labels: the shape of ``logits``, float64; ``None`` where the batches have none.
+        logits: [N] float64, [N, T] for several tasks, or [N, C] for classes.
+        labels: the shape of ``logits``, of classes [N], float64; ``None`` where the batches have none.
         weight: [N] float64, or ``None``.
         group: [N] int64, or ``None``.
+        classes: the logits are of classes that exclude one another.
     """
 
     logits: npt.NDArray[np.float64]
     labels: npt.NDArray[np.float64] | None
     weight: npt.NDArray[np.float64] | None
     group: npt.NDArray[np.int64] | None
+    classes: bool = False
 
     @property
     def probability(self) -> npt.NDArray[np.float64]:
-        """σ(logits), in float64."""
+        """σ(logits), of classes softmax(logits), in float64."""
+        if self.classes:
+            raised = np.exp(self.logits - self.logits.max(1, keepdims=True))
+            return np.asarray(raised / raised.sum(1, keepdims=True))
         small = np.exp(-np.abs(self.logits))  # never overflows
         return np.where(self.logits >= 0, 1.0, small) / (1.0 + small)
 
@@ -158,6 +164,7 @@ def predict(
     """
     where = _device(model) if device is None else torch.device(device)
     parts: dict[str, list[npt.NDArray[Any]]] = {"logits": [], "labels": [], "weight": [], "group": []}
+    classes = False
     training = model.training
     model.eval()
     try:
@@ -165,6 +172,7 @@ def predict(
             for batch in batches:
                 with _autocast(where, precision):
                     output: Output = model(_move(batch, where))
+                classes = output.classes
                 parts["logits"].append(output.logits.cpu().double().numpy())
                 for name, tensor in (("labels", batch.labels), ("weight", batch.weight), ("group", batch.group)):
                     if tensor is not None:
@@ -187,6 +195,7 @@ def predict(
         labels=joined("labels", np.float64),
         weight=joined("weight", np.float64),
         group=joined("group", np.int64),
+        classes=classes,
     )
 
 
@@ -432,6 +441,8 @@ class _Run:
                 score = -metrics["log_loss"]
             case "auc-log_loss":
                 score = metrics["auc"] - metrics["log_loss"]
+            case metric if metric not in metrics:
+                raise ConfigError(f"fit.monitor is {metric!r}, which these rows lack; they have {', '.join(metrics)}")
             case metric:
                 score = metrics[metric]
         if not math.isfinite(score):
@@ -448,7 +459,9 @@ class _Run:
         text = f"loss {math.fsum(recent) / len(recent):.5f}, {self.rows / training:,.0f} rows/s"
         if self.history and "valid" in self.history[-1]:
             metrics = self.history[-1]["valid"]
-            text += "".join(f", valid {name} {metrics[name]:.5f}" for name in ("auc", "log_loss", "gauc") if name in metrics)
+            text += "".join(
+                f", valid {name} {metrics[name]:.5f}" for name in ("accuracy", "auc", "log_loss", "gauc") if name in metrics
+            )
         return text
 
     def weights(self) -> dict[str, Tensor]:
@@ -504,6 +517,8 @@ def _summary(predictions: Predictions, label_names: Sequence[str] | None) -> dic
     labels, probability = predictions.labels, predictions.probability
     if labels is None:
         raise DataError("the batches have no labels; evaluation needs the label columns that the schema names")
+    if predictions.classes:
+        return dict(summarize_classes(labels, probability, weight=predictions.weight))
     if labels.shape != probability.shape:
         raise ConfigError(
             f"the model returns logits of shape {probability.shape} for labels of shape {labels.shape}; "

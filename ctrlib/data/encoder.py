@@ -211,7 +211,9 @@ class Encoder:
             gaps = () if h.gaps is None else (h.gaps,)
             sequences += [SequenceColumn(name, _GAP_SIZE, name, "mean", True) for name in gaps]
             histories.append(HistoryColumn(h.name, (*h.fields, *gaps), (*targets, *(None for _ in gaps))))
-        return BatchLayout(tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels, tuple(histories))
+        return BatchLayout(
+            tuple(sparse), tuple(dense), tuple(sequences), self.schema.labels, tuple(histories), self.schema.classes
+        )
 
     def _target(self, name: str) -> str | None:
         """The field of the candidate that has the vocabulary of this attribute of a history: a sparse one, else a bag."""

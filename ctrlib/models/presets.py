@@ -22,6 +22,7 @@ from ctrlib.interactions.arm_net import ARMNet
 from ctrlib.interactions.auto_fis import AutoFIS
 from ctrlib.interactions.autoint import AutoInt
 from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.catgcn import CatInteraction
 from ctrlib.interactions.cin import CIN
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.cross_net import CrossNet, CrossNetMix, CrossNetV2
@@ -56,6 +57,7 @@ from ctrlib.interactions.wukong import Wukong
 from ctrlib.models.aw_moe import AWMoE
 from ctrlib.models.behaviours import ActivationUnit, TargetAttention
 from ctrlib.models.bst import BST
+from ctrlib.models.catgcn import CatGCN
 from ctrlib.models.contrastive import ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.din import DIN
@@ -66,6 +68,7 @@ from ctrlib.models.hiformer import HiformerModel
 from ctrlib.models.moe import Experts, MoE
 from ctrlib.models.multi_vector import MultiVectorModel
 from ctrlib.models.optinter import OptInter
+from ctrlib.models.propagation import Propagation
 from ctrlib.models.two_tower import TwoTower
 from ctrlib.schema import suggest
 
@@ -518,6 +521,12 @@ def afn_plus(flavour: Flavour = "paper") -> EnsembleModel.Config:
     )
 
 
+def catgcn_interaction(flavour: Flavour = "paper") -> CTRModel.Config:
+    """CatGCN's local and global interaction of the fields, each projected to a logit."""
+    # NOTE[DIFF] the released code starts embeddings as N(0, 1), for a learning rate of .1; here as every other model
+    return _ctr(flavour, CatInteraction.Config(output_dim=1, local_hidden_units=(64,), global_hidden_units=(64,)), dim=64)
+
+
 def afm(flavour: Flavour = "paper") -> CTRModel.Config:
     """FM whose pairs are weighed by attention; widths and dropout, which the paper tunes per data set, are our choice."""
     block = AFM.Config(attention_dim=10) if flavour == "fuxictr" else AFM.Config(attention_dim=16, dropout=0.2)
@@ -732,6 +741,9 @@ PRESETS: Mapping[str, Preset] = {
     "optinter_f": Preset(optinter_f, "every pair factorised, into an MLP", "arXiv:2108.01265", ("paper",)),
     "auto_fm": Preset(auto_fm, "FM with a gate per pair of fields", "arXiv:2003.11235", ("paper",)),
     "auto_deepfm": Preset(auto_deepfm, "FM with a gate per pair, beside an MLP", "arXiv:2003.11235", ("paper",)),
+    "catgcn_interaction": Preset(
+        catgcn_interaction, "all pairs of fields, and a graph over all fields", "arXiv:2009.05303", ("paper",)
+    ),
     "din": Preset(din, "behaviours weighed by the candidate", "arXiv:1706.06978", ("paper", "official"), needs_history=True),
     "bst": Preset(bst, "Transformer over behaviours and candidate", "arXiv:1905.06874", ("paper",), needs_history=True),
     "moe": Preset(moe, "mixture of experts with one gate", "arXiv:1701.06538", ("paper",)),
@@ -816,6 +828,9 @@ COMPONENTS: Table = {
         BST,
         MoE,
         AWMoE,
+        CatInteraction,
+        CatGCN,
+        Propagation,
     )
 }
 
