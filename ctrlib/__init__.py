@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
+    from ctrlib.ranking import Ranker
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
@@ -36,6 +37,7 @@ _MODULES = {
     "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
+    "ranking": ("Ranker",),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
@@ -57,6 +59,7 @@ __all__ = [
     "History",
     "Loader",
     "Output",
+    "Ranker",
     "RunConfig",
     "Schema",
     "Selection",
