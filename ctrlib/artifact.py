@@ -171,7 +171,7 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
         ConfigError: the model uses a component or option that this version does not know.
     """
     folder, info = _open(path)
-    for name in {*_FILES, *info["files"]}:
+    for name in {*_FILES, *info["files"], *([info["calibration"]] if "calibration" in info else [])}:
         if not (folder / name).is_file() or sha256(folder / name) != info["files"].get(name):
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
     encoder = Encoder.load(folder)

@@ -86,6 +86,14 @@ def repeated(bag: Ragged, count: int) -> Ragged:
     return Ragged(bag.values.repeat(count), offsets, inner)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A field of a request that cannot be read, and why."""
+
+    field: str
+    message: str
+
+
 class RequestEncoder:
     """Encodes requests. Several threads may use one.
 
@@ -133,6 +141,20 @@ class RequestEncoder:
         if self._crosses:
             self._fill_crosses(above.sparse, below.sparse)
         return Request(above, below, self.sides)
+
+    def problems(self, context: Mapping[str, object], candidates: Sequence[Mapping[str, object]]) -> list[Problem]:
+        """What is wrong with a request, field by field: of each one the first value that cannot be."""
+        found: list[Problem] = []
+        for side, names, rows, row in (
+            (self._contexts, self.context_inputs, [context], lambda _: "the context"),
+            (self._candidates, self.candidate_inputs, candidates, lambda at: f"candidate {at + 1}"),
+        ):
+            for name in names:
+                try:
+                    side.check(name, [_given(r, name, names, row(at)) for at, r in enumerate(rows)], row)
+                except DataError as error:
+                    found.append(Problem(name, str(error)))
+        return found
 
     def _columns(self, candidates: object) -> dict[str, list[object]]:
         wanted = self.candidate_inputs
@@ -219,6 +241,24 @@ class _Side:
             sequences |= self._histories(columns, count)
         return Encoded(sparse, dense, sequences)
 
+    def check(self, name: str, values: Sequence[object], row: Place) -> None:
+        """Encode one column; columns of histories are checked together only.
+
+        Raises:
+            DataError: a value cannot be what its field says.
+        """
+        place = partial(_place, name, row)
+        for known, memory, number in self._sparse:
+            if known == name and memory is not None:
+                memory.ids(_or_none(_floats(values, place)) if number else _plain(values), place)
+        for known, scale in self._dense:
+            if known == name:
+                scale(pa.array(_floats(values, place)), place)
+        for f, memory in self._sequences:
+            if f.name == name:
+                assert isinstance(f, SequenceField)
+                _sequence(f, memory, values, place)
+
     def _histories(self, columns: Columns, count: int) -> dict[str, Ragged]:
         assert self._history_encoder is not None
         if not count:
@@ -226,7 +266,10 @@ class _Side:
             nested = {c.name for c in self._history_encoder.layout.sequences if c.nested}
             return {name: Ragged(nothing, start, start if name in nested else None) for name in self._behaviours}
         rows = {name: columns[name] for name in self._history_encoder.schema.inputs}
-        batch = self._history_encoder.transform(rows)
+        try:
+            batch = self._history_encoder.transform(rows)
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            raise DataError(f"the columns of a history cannot be read ({str(error):.200})") from error
         return {name: batch.sequences[name] for name in self._behaviours}
 
 
