@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from ctrlib.data.loader import Loader, StreamLoader
     from ctrlib.data.store import Store
     from ctrlib.embedding import FeatureEmbedding
-    from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
+    from ctrlib.experiment import (
+        DataOptions,
+        RunConfig,
+        calibrate_run,
+        configure,
+        demo,
+        evaluate_run,
+        export_run,
+        prepare,
+        run_experiment,
+        train,
+        verify_run,
+    )
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
     from ctrlib.ranking import Ranker
@@ -34,7 +46,19 @@ _MODULES = {
     "data.loader": ("Loader", "StreamLoader"),
     "data.store": ("Store",),
     "embedding": ("FeatureEmbedding",),
-    "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
+    "experiment": (
+        "DataOptions",
+        "RunConfig",
+        "calibrate_run",
+        "configure",
+        "demo",
+        "evaluate_run",
+        "export_run",
+        "prepare",
+        "run_experiment",
+        "train",
+        "verify_run",
+    ),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
     "ranking": ("Ranker",),
@@ -69,11 +93,13 @@ __all__ = [
     "StreamLoader",
     "apply_to_store",
     "build_model",
+    "calibrate_run",
     "compact",
     "configure",
     "demo",
     "evaluate",
     "evaluate_run",
+    "export_run",
     "fit",
     "load",
     "prepare",
@@ -83,6 +109,7 @@ __all__ = [
     "seed_everything",
     "train",
     "tune_cpu",
+    "verify_run",
 ]
 
 

@@ -269,7 +269,7 @@ class _Side:
         try:
             batch = self._history_encoder.transform(rows)
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
-            raise DataError(f"the columns of a history cannot be read ({str(error):.200})") from error
+            raise DataError(f"the columns of a history cannot be read ({error!s:.200})") from error
         return {name: batch.sequences[name] for name in self._behaviours}
 
 
