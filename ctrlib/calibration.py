@@ -282,8 +282,9 @@ def from_json(data: Mapping[str, Any], labels: Sequence[str]) -> tuple[Calibrati
     if list(data) != list(labels):
         raise DataError(f"calibration is of labels {', '.join(data)}; expected {', '.join(labels)}: fit it again")
     try:
-        return tuple(
-            Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[label].items()}) for label in labels
-        )
-    except (TypeError, AttributeError) as error:
+        entries: list[dict[str, Any]] = [dict(data[label]) for label in labels]
+        return tuple(Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in entries)
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
         raise DataError(f"calibration is damaged ({error}); fit it again") from error

@@ -560,9 +560,8 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
         raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
     lengths = _lengths(table, by)
     segments: Sequence[object] = _segments(table, by) if lengths is None else history_segments(lengths)
-    seen = predict(loaded.model, loaded.batches(table, labels=True))
+    seen = loaded.calibrated(predict(loaded.model, loaded.batches(table, labels=True)))
     assert seen.labels is not None
-    seen = loaded.calibrated(seen)
     if lengths is not None and seen.group is not None:
         found = by_history_length(lengths, seen.labels, seen.logits, seen.group)
     else:

@@ -160,9 +160,7 @@ def load_export(path: str | Path) -> Program:
         info = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         kind, found, files = info["kind"], info["format"], dict(info["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder} is not an export, or its export.json is damaged ({error}); export the model again"
-        ) from error
+        raise DataError(f"{folder} is no export, or its export.json is damaged ({error}); export the model again") from error
     if found != _FORMAT:
         raise DataError(f"export {folder} has format {found}; this version reads {_FORMAT}: install the ctrlib that wrote it")
     if kind not in _READERS:
@@ -269,7 +267,7 @@ def _functional(
     weights = {name: t.detach() for name, t in sorted((*inner.named_parameters(), *inner.named_buffers()))}
     save_file({name: t.contiguous() for name, t in weights.items()}, part / _WEIGHTS)
     inputs = flat_inputs(example, sequences)
-    shapes = ({name: {} for name in weights}, tuple({0: Dim.DYNAMIC} for _ in inputs))
+    shapes: Any = ({name: {} for name in weights}, tuple({0: Dim.DYNAMIC} for _ in inputs))
     with torch.no_grad():
         return torch.export.export(_Functional(model, sequences), (weights, *inputs), dynamic_shapes=shapes)
 
@@ -329,7 +327,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``aten._embedding_bag`` in operations of ONNX: torch's own translation of it gives other numbers for bags with padding."""
+    """``aten._embedding_bag`` in operations of ONNX: torch's translation gives other numbers for bags with padding."""
     assert include_last_offset
     assert per_sample_weights is None
     # In floats, exact below 2²⁴ values: ONNX Runtime refuses the translation of adding up integers.

@@ -23,8 +23,7 @@ from ctrlib.models.presets import preset
 from ctrlib.ranking import Ranker
 from ctrlib.schema import DataError, Schema
 from tests.clicks import SCHEMA, clicks
-from tests.models.small import shrunk
-from tests.models.test_contract import awake
+from tests.models.small import awake, shrunk
 
 CONTEXT = ("user", "age", "genres")
 SIDES = replace(SCHEMA, fields=tuple(replace(f, side="context" if f.name in CONTEXT else "candidate") for f in SCHEMA.fields))

@@ -135,9 +135,9 @@ class RequestEncoder:
         columns = self._columns(candidates)
         count = len(next(iter(columns.values()), ()))
         single = {name: [_given(context, name, self.context_inputs, "the context")] for name in self.context_inputs}
-        above = self._contexts.encode(single, 1, lambda _: "the context")
+        above = self._contexts.encode(single, 1, _the_context)
         shared = {name: values * count for name, values in single.items() if name in self._candidates.histories_read}
-        below = self._candidates.encode({**shared, **columns}, count, lambda at: f"candidate {at + 1}")
+        below = self._candidates.encode({**shared, **columns}, count, _numbered)
         if self._crosses:
             self._fill_crosses(above.sparse, below.sparse)
         return Request(above, below, self.sides)
@@ -146,8 +146,8 @@ class RequestEncoder:
         """What is wrong with a request, field by field: of each one the first value that cannot be."""
         found: list[Problem] = []
         for side, names, rows, row in (
-            (self._contexts, self.context_inputs, [context], lambda _: "the context"),
-            (self._candidates, self.candidate_inputs, candidates, lambda at: f"candidate {at + 1}"),
+            (self._contexts, self.context_inputs, [context], _the_context),
+            (self._candidates, self.candidate_inputs, candidates, _numbered),
         ):
             for name in names:
                 try:
@@ -412,6 +412,14 @@ def _list(f: SequenceField, value: object, place: Callable[[], str]) -> Sequence
         return items
     hint = "; set the field's separator" if isinstance(value, str) else ""
     raise DataError(f"{place()}: the value is a {type(value).__name__}; expected a list of values, or null{hint}")
+
+
+def _the_context(_: int) -> str:
+    return "the context"
+
+
+def _numbered(at: int) -> str:
+    return f"candidate {at + 1}"
 
 
 def _place(name: str, row: Place, at: int) -> str:

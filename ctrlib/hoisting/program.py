@@ -42,6 +42,7 @@ def flat_inputs(batch: Batch, sequences: Sequence[tuple[str, bool]]) -> Inputs:
 def export_model(model: Model, batch: Batch, sequences: Sequence[tuple[str, bool]]) -> torch.export.ExportedProgram:
     """The model as a program for any number of rows, traced with a batch of several rows, none of whose sequences is empty."""
     inputs = flat_inputs(batch, sequences)
-    shapes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, tuple({0: Dim.DYNAMIC} for _ in inputs[2:]))
+    ragged = tuple({0: Dim.DYNAMIC} for _ in inputs[2:])
+    shapes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, *([ragged] if ragged else []))
     with torch.no_grad():
         return torch.export.export(ExportedBatch(model, sequences), inputs, dynamic_shapes=shapes)

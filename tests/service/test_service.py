@@ -127,7 +127,8 @@ def test_errors_name_every_field(client: TestClient) -> None:
         answer = client.post("/score", json=body() | change)
         assert answer.status_code == 422
         assert [entry["field"] for entry in answer.json()["errors"]] == [field]
-    for change in ({"top_k": 0}, {"top_k": True}, {"top_k": 1.0}, {"label": "x"}, {"label": []}):
+    wrong_options: list[dict[str, Any]] = [{"top_k": 0}, {"top_k": True}, {"top_k": 1.0}, {"label": "x"}, {"label": []}]
+    for change in wrong_options:
         answer = client.post("/rank", json=body() | change)
         assert [entry["field"] for entry in answer.json()["errors"]] == list(change)
 
