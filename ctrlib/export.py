@@ -352,6 +352,12 @@ def _embedding_bag(
     return result, nothing, nothing, nothing
 
 
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """``aten.index_add`` as a scatter: torch's translation adds to other places where ``dim`` is not 0."""
+    places = index.long().reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+    return x.scatter_add(dim, places.expand(source.shape), source * alpha)
+
+
 def _write_onnx(model: nn.Module, example: Batch, sequences: Sequence[tuple[str, bool]], part: Path) -> None:
     try:
         import onnxscript  # noqa: F401 — torch's exporter asks for it late, and less clearly
@@ -361,6 +367,7 @@ def _write_onnx(model: nn.Module, example: Batch, sequences: Sequence[tuple[str,
     table = torch.export.default_decompositions()
     for bag in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
         table[bag.default] = _embedding_bag
+    table[torch.ops.aten.index_add.default] = _index_add
     torch.onnx.export(
         program.run_decompositions(table),
         (),

@@ -93,10 +93,9 @@ def ask(port: int, path: str, body: Any = None) -> Any:
 def started(run: Path, port: int) -> subprocess.Popen[bytes]:
     """A service that answers."""
     command = [sys.executable, "-m", "ctrlib", "serve", str(run), "--port", str(port), "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    for _ in range(600):
-        if process.poll() is not None:
-            raise AssertionError(process.stderr.read().decode() if process.stderr else "")
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    for _ in range(1200):  # bounded: imports alone take seconds on a busy machine
+        assert process.poll() is None
         try:
             assert ask(port, "/healthz")["status"] == "ok"
         except OSError:
@@ -104,7 +103,8 @@ def started(run: Path, port: int) -> subprocess.Popen[bytes]:
         else:
             return process
     process.kill()
-    raise AssertionError("no answer within a minute")
+    process.wait()
+    raise AssertionError("no answer within two minutes")
 
 
 def test_the_service_is_killed_started_reloaded_and_ended(run: Path) -> None:
@@ -133,5 +133,3 @@ def test_the_service_is_killed_started_reloaded_and_ended(run: Path) -> None:
         finally:
             process.kill()
             process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
