@@ -282,9 +282,13 @@ def from_json(data: Mapping[str, Any], labels: Sequence[str]) -> tuple[Calibrati
     if list(data) != list(labels):
         raise DataError(f"calibration is of labels {', '.join(data)}; expected {', '.join(labels)}: fit it again")
     try:
-        entries: list[dict[str, Any]] = [dict(data[label]) for label in labels]
-        return tuple(Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in entries)
+        return tuple(_read(dict(data[label])) for label in labels)
     except DataError:
         raise
     except (TypeError, ValueError) as error:
         raise DataError(f"calibration is damaged ({error}); fit it again") from error
+
+
+def _read(data: Mapping[str, Any]) -> Calibration:
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Calibration(**options)

@@ -177,7 +177,11 @@ class Ranker:
             tuple(np.flatnonzero(sides.sparse).tolist()), tuple(np.flatnonzero(sides.dense).tolist()), tuple(sides.sequences)
         )
         example = sample_request(layout, self.encoder, 0).batch()
-        module, found = hoist(export_model(self.artifact.model, example, self.sequences), side, self.sequences)
+        try:
+            module, found = hoist(export_model(self.artifact.model, example, self.sequences), side, self.sequences)
+        except Exception as error:  # of a block of one's own, anything: it is served as it is
+            _log.warning("the context is not computed once: the model cannot be exported (%s)", str(error)[:300])
+            return
         self._hoisted, self.hoisted = module, found
         worst = self.check()
         if worst > TOLERANCE:

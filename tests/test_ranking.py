@@ -16,13 +16,14 @@ import pytest
 
 from ctrlib import artifact, ranking
 from ctrlib.calibration import Calibration
-from ctrlib.config import ConfigError
+from ctrlib.config import ConfigError, override
 from ctrlib.data.encoder import Encoder
 from ctrlib.models.ctr import build_model
-from ctrlib.models.presets import preset
+from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.ranking import Ranker
 from ctrlib.schema import DataError, Schema
 from tests.clicks import SCHEMA, clicks
+from tests.data.test_requests import HISTORY
 from tests.models.small import awake, shrunk
 
 CONTEXT = ("user", "age", "genres")
@@ -132,6 +133,23 @@ def test_two_labels_and_calibration(tmp_path: Path) -> None:
     np.testing.assert_allclose(after[:, 1], before[:, 1], rtol=1e-12)
     np.testing.assert_allclose(after, offline(artifact.load(folder), request), atol=1e-6)
     assert plain.rank(*request, label="buy").probability.max() == before[:, 1].max()
+
+
+@pytest.mark.parametrize("name", ["din", "aw_moe"])
+def test_histories_of_the_context(tmp_path: Path, name: str) -> None:
+    """Nested attributes, time gaps, a guard and a limit; a user without any behaviour."""
+    past: dict[str, Any] = {"clicked": [1, 2, 3, 4], "words": [["a"], [], ["b", "c"], ["a"]], "when": [1, 5, 8, 12], "now": 10}
+    encoder = Encoder.fit(HISTORY, [{**past, "item": i % 5, "label": i % 2} for i in range(20)])
+    config = override(shrunk(preset(name)), {"history": "h"} if name == "aw_moe" else {}, COMPONENTS)
+    artifact.save(tmp_path / "a", encoder, awake(build_model(config, encoder.layout)).eval(), config)
+    ranker, loaded = Ranker.load(tmp_path / "a"), artifact.load(tmp_path / "a")
+    assert ranker.hoisted
+    assert ranker.context_fields == ("clicked", "words", "when", "now")
+    for context in (past, past | {"now": 100}, {"clicked": [], "words": [], "when": [], "now": 3}):
+        candidates = [{"item": i} for i in range(4)]
+        shown = ranker.score(context, candidates)
+        np.testing.assert_allclose(shown, offline(loaded, (context, candidates)), rtol=0, atol=1e-6)
+        assert len(set(shown.tolist())) == 4
 
 
 def test_a_graph_that_would_score_otherwise_is_not_used(

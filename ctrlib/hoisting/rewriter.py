@@ -23,6 +23,14 @@ Rewrite = Callable[["Rewriter", fx.Node], Value]
 
 
 class Rewriter:
+    """Walks through a program once and makes the new graph. :meth:`one` and :meth:`full` give a value of the program as a node
+    of the new graph, for the context's row and for all candidates; they are made when somebody asks.
+
+    Args:
+        program, side, sequences: see :func:`ctrlib.hoisting.hoist`.
+        rewrite: the rules, for operations of which some arguments are of candidates.
+    """
+
     def __init__(
         self, program: torch.export.ExportedProgram, side: Side, sequences: Sequence[tuple[str, bool]], rewrite: Rewrite
     ) -> None:
@@ -41,6 +49,7 @@ class Rewriter:
         self.counting: set[fx.Node] = set()  # integers made of offsets: of equal rows they are not equal
 
     def run(self) -> tuple[fx.GraphModule, tuple[Hoisted, ...]]:
+        """The new graph, and the share of each matrix product that is done once."""
         self._inputs()
         for node in self.old.graph.nodes:
             if node.op in ("placeholder", "call_module") or node.target in _SKIPPED:
@@ -111,6 +120,7 @@ class Rewriter:
     # Emitting.
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """A new operation."""
         return self.new.call_function(target, args, kwargs)
 
     def constant(self, value: Any) -> Any:
@@ -173,6 +183,7 @@ class Rewriter:
         return self.emit(node.target, *args, **kwargs)
 
     def is_rows(self, size: Any) -> bool:
+        """Whether a size is the number of rows."""
         return isinstance(size, torch.SymInt) and size.node.expr == self.rows.node.expr
 
     def _spread_shape(self, node: fx.Node) -> list[Any] | None:
@@ -198,6 +209,7 @@ class Rewriter:
         return size.node.expr if isinstance(size, torch.SymInt) else size
 
     def joined(self, parts: Parts) -> Any:
+        """Both pieces as one tensor, for all candidates."""
         both = [self.grown(parts.context), parts.candidates]
         return self.ordered(both, [*parts.here, *parts.there], parts.axis)
 
@@ -218,6 +230,7 @@ class Rewriter:
         return self.emit(aten.index_select.default, node, axis, self.constant(torch.tensor(places)))
 
     def of_static(self, value: Tensor, dim: int, places: Sequence[int]) -> Any:
+        """Some entries of an axis of a weight."""
         return self.constant(value.index_select(dim, torch.tensor(places, device=value.device)).contiguous())
 
     # One operation.
@@ -248,6 +261,7 @@ class Rewriter:
             return Full(self.copied(node, self.full, self.all_rows))
 
     def note(self, node: fx.Node, share: float) -> None:
+        """For the report: so much of a matrix product is done once."""
         if node.target in _MULTIPLYING:
             modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
             path = modules[-1].removeprefix("L['self'].").removeprefix("model.") if modules else ""
