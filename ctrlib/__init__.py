@@ -18,11 +18,24 @@ if TYPE_CHECKING:
     from ctrlib.data.loader import Loader, StreamLoader
     from ctrlib.data.store import Store
     from ctrlib.embedding import FeatureEmbedding
-    from ctrlib.experiment import DataOptions, RunConfig, configure, demo, evaluate_run, prepare, run_experiment, train
+    from ctrlib.experiment import (
+        DataOptions,
+        RunConfig,
+        calibrate_run,
+        configure,
+        demo,
+        evaluate_run,
+        export_run,
+        prepare,
+        run_experiment,
+        train,
+        verify_run,
+    )
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
     from ctrlib.node_artifact import NodeArtifact, load_nodes
     from ctrlib.nodes import configure_nodes, train_nodes
+    from ctrlib.ranking import Ranker
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
@@ -37,11 +50,24 @@ _MODULES = {
     "data.loader": ("Loader", "StreamLoader"),
     "data.store": ("Store",),
     "embedding": ("FeatureEmbedding",),
-    "experiment": ("DataOptions", "RunConfig", "configure", "demo", "evaluate_run", "prepare", "run_experiment", "train"),
+    "experiment": (
+        "DataOptions",
+        "RunConfig",
+        "calibrate_run",
+        "configure",
+        "demo",
+        "evaluate_run",
+        "export_run",
+        "prepare",
+        "run_experiment",
+        "train",
+        "verify_run",
+    ),
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
     "node_artifact": ("NodeArtifact", "load_nodes"),
     "nodes": ("configure_nodes", "train_nodes"),
+    "ranking": ("Ranker",),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
@@ -65,6 +91,7 @@ __all__ = [
     "Loader",
     "NodeArtifact",
     "Output",
+    "Ranker",
     "RunConfig",
     "Schema",
     "Selection",
@@ -74,12 +101,14 @@ __all__ = [
     "StreamLoader",
     "apply_to_store",
     "build_model",
+    "calibrate_run",
     "compact",
     "configure",
     "configure_nodes",
     "demo",
     "evaluate",
     "evaluate_run",
+    "export_run",
     "fit",
     "load",
     "load_nodes",
@@ -91,6 +120,7 @@ __all__ = [
     "train",
     "train_nodes",
     "tune_cpu",
+    "verify_run",
 ]
 
 

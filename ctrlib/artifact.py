@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,23 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ctrlib import calibration
 from ctrlib.batch import Batch
+from ctrlib.calibration import Calibration
 from ctrlib.config import Table, from_json, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import Source, open_source
-from ctrlib.files import WRITER, new_folder, sha256, write_json
+from ctrlib.files import WRITER, json_text, new_folder, sha256, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import DataError, Schema
-from ctrlib.training import predict
+from ctrlib.table import unallocated_tables
+from ctrlib.training import Predictions, predict
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no calibration
+_OLDEST = 1
 _BLOCK_ROWS = 8192
+_FILES = ("schema.json", "encoder.json", "model.json", "weights.safetensors")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Artifact:
     config: ModelComponent.Config
     model: ModelComponent
     info: Mapping[str, Any]
+    calibration: tuple[Calibration, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -51,7 +58,7 @@ class Artifact:
         return self.encoder.schema
 
     def predict(self, data: object) -> npt.NDArray[np.float64]:
-        """Probabilities of raw rows.
+        """Probabilities of raw rows, calibrated if the artifact has a calibration.
 
         Args:
             data: anything :func:`~ctrlib.data.source.open_source` accepts; labels are not needed.
@@ -66,7 +73,11 @@ class Artifact:
         if table.num_rows == 0:
             columns = len(self.schema.classes) or len(self.schema.labels)
             return np.zeros((0,) if columns == 1 else (0, columns))
-        return predict(self.model, self.batches(table, labels=False)).probability
+        return self.calibrated(predict(self.model, self.batches(table, labels=False))).probability
+
+    def calibrated(self, predictions: Predictions) -> Predictions:
+        """What the model says, with calibrated logits."""
+        return replace(predictions, logits=calibration.calibrate_tasks(self.calibration, predictions.logits))
 
     def explain(self, data: object) -> dict[str, Explanation]:
         """What the model has to show of raw rows, by name: attention, gates, strengths of pairs; empty where there is nothing.
@@ -123,11 +134,34 @@ def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: Mode
             "encoder_hash": encoder.hash,
             "files": files,
         }
-        write_json(part / "artifact.json", info)
+        write_json(part / "artifact.json", _sealed(info))
+
+
+def calibrate(path: str | Path, calibrations: Mapping[str, Calibration]) -> None:
+    """Keep calibrations, by label, in the artifact (or that of a run), in place of those it had.
+
+    Whoever loads it meanwhile gets the old ones or the new ones.
+
+    Raises:
+        DataError: not an artifact, or other labels than its own.
+    """
+    folder, info = _open(path)
+    calibration.from_json(calibration.to_json(calibrations), info["labels"])
+    content = json_text({"calibrations": calibration.to_json(calibrations)}) + "\n"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    name = f"calibration-{digest[:12]}.json"  # of its content: what a reader finds in artifact.json is the file that was meant
+    write_text(folder / name, content)
+    old = info.get("calibration")
+    files = {file: found for file, found in info["files"].items() if file != old}
+    info |= {"format": _FORMAT, "calibration": name, "files": {**files, name: digest}}
+    write_json(folder / "artifact.json", _sealed(info))
+    if old is not None and old != name:
+        (folder / old).unlink(missing_ok=True)
 
 
 def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
-    """Read an artifact, or the artifact of a run folder.
+    """Read an artifact, or the artifact of a run folder. On a CPU its weights are mapped from the file, not copied: processes
+    that serve one artifact share its tables.
 
     Args:
         path: a folder written by :func:`save`, or a run that holds one as ``artifact/``.
@@ -137,30 +171,56 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
         DataError: not an artifact, another format, a file missing or damaged, or weights of another model.
         ConfigError: the model uses a component or option that this version does not know.
     """
-    folder = Path(path)
-    if (folder / "artifact" / "artifact.json").is_file():
-        folder = folder / "artifact"
-    if not (folder / "artifact.json").is_file():
-        raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train")
-    info = _read_json(folder / "artifact.json")
-    if info.get("format") != _FORMAT:
-        raise DataError(f"artifact {folder} has format {info.get('format')}; this version reads {_FORMAT}: train it again")
-    for name, digest in info["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
+    folder, info = _open(path)
+    for name in {*_FILES, *info["files"], *([info["calibration"]] if "calibration" in info else [])}:
+        if not (folder / name).is_file() or sha256(folder / name) != info["files"].get(name):
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
     encoder = Encoder.load(folder)
     config = from_json(_read_json(folder / "model.json"), ModelComponent.Config, table, "model.json")
-    model = build_model(config, encoder.layout)
+    with unallocated_tables():
+        model = build_model(config, encoder.layout)
     if list(model.embedding.out.names) != info["fields"]:
         raise DataError(
             f"artifact {folder}: its fields {info['fields']} are not those of its schema {model.embedding.out.names}"
         )
     try:
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise DataError(f"artifact {folder}: the weights do not fit the model ({str(error).splitlines()[0]})") from error
     model.eval()
-    return Artifact(encoder, config, model, info)
+    calibrations: tuple[Calibration, ...] = ()
+    if (name := info.get("calibration")) is not None:
+        calibrations = calibration.from_json(_read_json(folder / name).get("calibrations", {}), encoder.schema.labels)
+    return Artifact(encoder, config, model, info, calibrations)
+
+
+def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an artifact, and its ``artifact.json``."""
+    folder = Path(path)
+    if (folder / "artifact" / "artifact.json").is_file():
+        folder = folder / "artifact"
+    if not (folder / "artifact.json").is_file():
+        raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train")
+    file = folder / "artifact.json"
+    info = _read_json(file)
+    found = info.get("format")
+    if isinstance(found, int) and found > _FORMAT:
+        raise DataError(
+            f"artifact {folder} has format {found}, newer than this version reads ({_FORMAT}): install a newer ctrlib"
+        )
+    if not isinstance(found, int) or found < _OLDEST:
+        raise DataError(f"artifact {folder} has format {found!r}; this version reads {_OLDEST} to {_FORMAT}: train it again")
+    kinds = {"files": dict, "fields": list, "labels": list}
+    if any(not isinstance(info.get(key), kind) for key, kind in kinds.items()) or (found >= 2 and info != _sealed(info)):
+        raise DataError(f"artifact file {file} is damaged or was changed; copy the artifact again")
+    return folder, info
+
+
+def _sealed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """``artifact.json`` with the checksum of its own content."""
+    content = {key: value for key, value in info.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {**content, "checksum": digest}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ctrlib.data.split import SplitBy
 from ctrlib.files import json_text
 from ctrlib.models.catgcn import NODE_FLAVOURS, NODE_MODELS
 from ctrlib.models.presets import PRESETS
+from ctrlib.ranking import TOLERANCE
 from ctrlib.schema import DataError
 from ctrlib.search import select as selecting
 from ctrlib.search.select import METHODS
@@ -335,6 +336,64 @@ def evaluate(
     print(json_text(report))
     if segments is not None:
         _print_segments(by or "", segments)
+
+
+@app.command()
+def calibrate(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder.")],
+    data: Annotated[str, typer.Argument(help="Validation rows with labels, or the store that the model was trained from.")],
+    method: Annotated[str, typer.Option(help="auto, none, temperature, platt or isotonic.")] = "auto",
+    sampling_rate: Annotated[float, typer.Option(help="Share of the negatives that was kept in training and in DATA.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="Write the reliability before and after as PNG.")] = None,
+) -> None:
+    """Fit a calibration on validation rows, keep it in the artifact, and print the error before and after as JSON."""
+    print(json_text(experiment.calibrate_run(run, data, method=method, sampling_rate=sampling_rate, plot=plot)))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder.")],
+    out: Out,
+    format: Annotated[str, typer.Option(help="torch, aoti or onnx.")] = "torch",
+    rows: Annotated[str, typer.Option(help="Of embedding tables: float32, bfloat16 or int8.")] = "float32",
+) -> None:
+    """Write the model as a program for other runtimes; nothing is written that does not score as the model does."""
+    info = experiment.export_run(run, out, format, rows=rows)
+    print(f"saved to {out}; probabilities of the check differ by at most {info['difference']:.1e} from the model's")
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder.")],
+    data: Annotated[str, typer.Argument(help="Raw rows; with labels, AUC is compared too.")],
+    exports: Annotated[list[str] | None, typer.Option("--export", help="A folder of ctrlib export; repeat.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Read at most so many.")] = None,
+) -> None:
+    """Score raw rows by every path and print the largest difference from evaluation; status 1 if one is above 1e-6."""
+    report = experiment.verify_run(run, data, exports or [], rows=rows)
+    width = max(map(len, report))
+    for name, found in report.items():
+        auc = f"  AUC {found['auc']:.6f} ({found['auc_change']:+.1e})" if "auc" in found else ""
+        print(f"{name:<{width}}  {found['difference']:.1e}{auc}")
+    if any(not found["difference"] <= TOLERANCE for found in report.values()):
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder, or a link to one; SIGHUP loads it again.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: as it finds.")] = None,
+) -> None:
+    """Serve the model over HTTP: POST /rank and /score, GET /metadata, /metrics, /healthz, and a page to try it."""
+    try:
+        from ctrlib import service
+    except ImportError as error:
+        raise ConfigError("serving needs more packages; pip install 'ctrlib[serve]'") from error
+    if threads is not None:
+        tune_cpu(threads)
+    service.serve(run, host=host, port=port)
 
 
 @app.command()

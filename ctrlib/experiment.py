@@ -28,6 +28,16 @@ import pyarrow.compute as pc
 import torch
 
 from ctrlib import artifact
+from ctrlib import export as exporting
+from ctrlib.calibration import (
+    Calibration,
+    choose_calibration,
+    fit_calibration,
+    plot_reliability,
+    reliability,
+    sampling_intercept,
+    sigmoid,
+)
 from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader, StreamLoader
@@ -38,7 +48,7 @@ from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.files import check_new_folder, json_text, new_folder, write_json
 from ctrlib.memory import model_cross_memory
-from ctrlib.metrics import by_segment
+from ctrlib.metrics import by_segment, ece, log_loss
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
@@ -519,7 +529,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dict[str, Any]:
-    """Metrics of a saved model on raw rows or on the test rows of a store.
+    """Metrics of a saved model, with its calibration if it has one, on raw rows or on the test rows of a store.
 
     Args:
         run: a run or artifact folder.
@@ -539,24 +549,98 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
             raise DataError(f"store {data} was made by another encoder than the model's; evaluate on raw rows instead")
         if by is not None:
             raise DataError("a store holds ids, not raw values; evaluate on raw rows to see segments (--by)")
-        return evaluate(loaded.model, Loader(store.split("test"), 8192), label_names=labels)
+        return measure(loaded.calibrated(predict(loaded.model, Loader(store.split("test"), 8192))), labels)
     table = open_source(data, "the table")
     if table.num_rows == 0:
         raise DataError(f"{table.name} has no rows; expected at least one")
     if by is None:
-        return evaluate(loaded.model, loaded.batches(table, labels=True), label_names=labels)
+        return measure(loaded.calibrated(predict(loaded.model, loaded.batches(table, labels=True))), labels)
     table.require([by], ", by which to segment")
     if len(labels) > 1:
         raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
     lengths = _lengths(table, by)
     segments: Sequence[object] = _segments(table, by) if lengths is None else history_segments(lengths)
-    seen = predict(loaded.model, loaded.batches(table, labels=True))
+    seen = loaded.calibrated(predict(loaded.model, loaded.batches(table, labels=True)))
     assert seen.labels is not None
     if lengths is not None and seen.group is not None:
         found = by_history_length(lengths, seen.labels, seen.logits, seen.group)
     else:
         found = by_segment(segments, seen.labels, seen.probability, weight=seen.weight)
     return measure(seen) | {"segments": found}
+
+
+def calibrate_run(
+    run: str | Path,
+    data: object,
+    *,
+    method: str = "auto",
+    sampling_rate: float = 1.0,
+    plot: str | Path | None = None,
+) -> dict[str, Any]:
+    """Fit a calibration on validation rows and keep it in the artifact, in place of one that it had.
+
+    Args:
+        run: a run or artifact folder.
+        data: validation rows with labels, or the store of the training run, of which the validation rows are read. Never test
+            rows: what is measured on them would be too good.
+        method: ``auto`` (the least log loss, see :func:`.choose_calibration`), ``none``, ``temperature``, ``platt``,
+            ``isotonic``.
+        sampling_rate: see :func:`.fit_calibration`.
+        plot: a PNG with the reliability before and after.
+
+    Returns:
+        By label: ``method``, ``ece`` and ``log_loss`` before and after on these rows (of ``auto`` also ``compared``, log losses
+        of each method on rows that it was not fitted on).
+
+    Raises:
+        DataError, ConfigError: see :func:`evaluate_run` and :func:`.fit_calibration`.
+    """
+    loaded = artifact.load(run)
+    if isinstance(data, str | Path) and Store.is_store(data):
+        store = Store.open(data)
+        if store.encoder.hash != loaded.encoder.hash:
+            raise DataError(f"store {data} was made by another encoder than the model's; calibrate on raw rows instead")
+        if "valid" not in store.rows:
+            raise DataError(f"store {data} has no validation rows to calibrate on; prepare it with some")
+        seen = predict(loaded.model, Loader(store.split("valid"), 8192))
+    else:
+        seen = predict(loaded.model, loaded.batches(open_source(data, "the validation rows"), labels=True))
+    assert seen.labels is not None
+    found: dict[str, Calibration] = {}
+    report: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    for at, label in enumerate(loaded.schema.labels):
+        several = seen.logits.ndim == 2
+        z, y = (seen.logits[:, at], seen.labels[:, at]) if several else (seen.logits, seen.labels)
+        report[label] = {}
+        if method == "auto":
+            found[label], report[label]["compared"] = choose_calibration(y, z, seen.weight, sampling_rate=sampling_rate)
+        else:
+            found[label] = fit_calibration(method, y, z, seen.weight, sampling_rate=sampling_rate)
+        # of these rows, in which negatives are as rare as in training
+        after = found[label].logits(z) - sampling_intercept(sampling_rate)
+        report[label]["method"] = found[label].method
+        for name, logits in (("before", z), ("after", after)):
+            p = sigmoid(logits)
+            report[label][name] = {"ece": ece(y, p, weight=seen.weight), "log_loss": log_loss(y, p, seen.weight)}
+            curves[name if not several else f"{label} {name}"] = reliability(y, p, seen.weight)
+    if plot is not None:
+        plot_reliability(plot, curves)
+    artifact.calibrate(run, found)
+    return report
+
+
+def export_run(run: str | Path, out: str | Path, format: str = "torch", *, rows: str = "float32") -> dict[str, Any]:
+    """Write a saved model as a program for other runtimes: :func:`ctrlib.export.export`."""
+    return exporting.export(artifact.load(run), out, format, rows=rows)
+
+
+def verify_run(
+    run: str | Path, data: object, exports: Sequence[str | Path] = (), *, rows: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Score raw rows by every path and compare with evaluation: :func:`ctrlib.export.verify`."""
+    programs = {str(path): exporting.load_export(path) for path in exports}
+    return exporting.verify(artifact.load(run), data, programs, rows=rows)
 
 
 def _lengths(table: Source, by: str) -> npt.NDArray[np.int64] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -9,6 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib import _native
+
+_unallocated = ContextVar("unallocated", default=False)
+
+
+@contextmanager
+def unallocated_tables() -> Iterator[None]:
+    """Tables made in this block take no memory and no time: their rows are on torch's meta device, until saved ones are loaded
+    in their place by ``load_state_dict(..., assign=True)``.
+    """
+    token = _unallocated.set(True)
+    try:
+        yield
+    finally:
+        _unallocated.reset(token)
 
 
 class EmbeddingTable(nn.Embedding):
@@ -25,7 +42,7 @@ class EmbeddingTable(nn.Embedding):
     """
 
     def __init__(self, num_rows: int, dim: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(num_rows, dim, padding_idx=0, dtype=dtype)
+        super().__init__(num_rows, dim, padding_idx=0, dtype=dtype, device="meta" if _unallocated.get() else None)
 
     def forward(self, ids: Tensor) -> Tensor:
         trained = self.weight.requires_grad and torch.is_grad_enabled()

@@ -19,6 +19,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from ctrlib import artifact
+from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.experiment import DataOptions, configure, train
@@ -235,7 +236,7 @@ def rewrite(name: str, edit: Callable[[str], str], *, rehash: bool = True) -> Ca
         if rehash:
             info = json.loads((folder / "artifact.json").read_text())
             info["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            (folder / "artifact.json").write_text(json.dumps(info))
+            (folder / "artifact.json").write_text(json.dumps(artifact._sealed(info)))
 
     return damage
 
@@ -244,8 +245,12 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def manifest(**changes: object) -> Callable[[Path], None]:
-    return rewrite("artifact.json", lambda text: json.dumps({**json.loads(text), **changes}), rehash=False)
+def manifest(*, seal: bool = True, **changes: object) -> Callable[[Path], None]:
+    def edit(text: str) -> str:
+        info = {**json.loads(text), **changes}
+        return json.dumps(artifact._sealed(info) if seal else info)
+
+    return rewrite("artifact.json", edit, rehash=False)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,13 @@ def manifest(**changes: object) -> Callable[[Path], None]:
         (remove("vocabularies/0001.parquet"), "0001.parquet is missing or damaged"),
         (remove("schema.json"), "schema.json is missing or damaged"),
         (remove("artifact.json"), "is not an artifact"),
-        (manifest(format=2), "has format 2; this version reads 1"),
+        (manifest(format=3), "has format 3, newer than this version reads (2): install a newer ctrlib"),
+        (manifest(format=0), "has format 0; this version reads 1 to 2"),
+        (manifest(format="2"), "has format '2'; this version reads 1 to 2"),
+        (manifest(seal=False, parameters=3), "artifact.json is damaged or was changed"),
+        (manifest(files={}), "is missing or damaged"),
+        (manifest(files=[]), "artifact.json is damaged or was changed"),
+        (manifest(calibration="no.json"), "no.json is missing or damaged"),
         (manifest(fields=["city", "user", "price", "age", "genres"]), "are not those of its schema"),
         (rewrite("artifact.json", lambda _: '{"format": 1, ', rehash=False), "artifact.json is missing or damaged"),
         (rewrite("artifact.json", lambda _: "[1]", rehash=False), "holds a list; expected an object"),
@@ -303,3 +314,29 @@ def test_saving_never_replaces_and_leaves_nothing_half_done(
     with pytest.raises(DataError, match="cannot be written \\(No space left on device\\)"):
         artifact.save(tmp_path / "a", loaded.encoder, loaded.model, loaded.config)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_an_artifact_of_the_first_format_is_read(run: Path, loaded: artifact.Artifact, tmp_path: Path) -> None:
+    shutil.copytree(run / "artifact", tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "artifact.json").read_text())
+    del info["checksum"]
+    (tmp_path / "old" / "artifact.json").write_text(json.dumps({**info, "format": 1}))
+    rows = clicks(10, 3)
+    np.testing.assert_array_equal(artifact.load(tmp_path / "old").predict(rows), loaded.predict(rows))
+
+
+def test_a_calibration_is_kept_replaced_and_checked(run: Path, loaded: artifact.Artifact, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "artifact", copy)
+    rows = clicks(10, 3)
+    p = loaded.predict(rows)
+    for slope in (2.0, 0.5):
+        artifact.calibrate(copy, {"label": Calibration(method="platt", slope=slope, intercept=0.1)})
+        shown = artifact.load(copy).predict(rows)
+        np.testing.assert_allclose(np.log(shown / (1 - shown)), slope * np.log(p / (1 - p)) + 0.1, rtol=1e-9, atol=1e-9)
+    (file,) = copy.glob("calibration-*.json")  # the first one is gone
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(DataError, match=r"calibration-\w+\.json is missing or damaged"):
+        artifact.load(copy)
+    with pytest.raises(DataError, match="calibration is of labels buy; expected label"):
+        artifact.calibrate(copy, {"buy": Calibration(method="none")})

@@ -351,6 +351,23 @@ class Encoder:
             keys = as_keys(array, self._keys(f), describe)
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
+    def encode_column(self, name: str, array: Any, describe: Describe) -> npt.NDArray[Any]:
+        """What :meth:`encode` makes of an Arrow array of a sparse or dense column: int32 ids, or float32 numbers.
+
+        Raises:
+            DataError: a value cannot be what its field says; names what ``describe`` gives for its place.
+        """
+        f = self.schema[name]
+        if isinstance(f, DenseField) and not f.is_category:
+            return _scaled(self.numeric[name], array, describe)
+        return self._ids(f, array, describe)
+
+    def of_histories(self, names: Collection[str]) -> Encoder:
+        """An encoder of these sequence fields only, for the histories that they belong to; each has a vocabulary of its own."""
+        kept = [replace(f, shares=None) for f in self.schema.fields if f.name in names and isinstance(f, SequenceField)]
+        tables = {f.name: self.vocabularies[vocabulary_name(self.schema[f.name])] for f in kept}
+        return Encoder(self.schema.with_only(kept), tables, {})
+
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, ...]:
         """Ids of all values, the length of every list, and if nested, how many values every behaviour has."""
         values, lengths, inner, describe = _flat(f, array, describe)

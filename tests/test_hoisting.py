@@ -1,0 +1,120 @@
+"""The context computed once: the same scores as with the context in every row, for every preset; and what is hoisted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from ctrlib.batch import Batch, Output, Ragged
+from ctrlib.hoisting import Hoisted, Side, export_model, hoist
+from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.presets import PRESETS
+from tests.models.small import rows, take
+from tests.models.test_contract import model
+
+SEQUENCES = (("history", False),)
+CONTEXT = Side((0, 2), (1,), ("history",))  # user and hour, age, the clicks; item, price and time are the candidate's
+CASES = [(name, preset.flavours[-1]) for name, preset in PRESETS.items()]
+
+
+def hoisted(
+    m: nn.Module, side: Side = CONTEXT, dtype: torch.dtype = torch.float64
+) -> tuple[fx.GraphModule, tuple[Hoisted, ...]]:
+    batch = rows(4)
+    return hoist(export_model(m, replace(batch, dense=batch.dense.to(dtype)), SEQUENCES), side, SEQUENCES)
+
+
+def both(
+    m: nn.Module, program: fx.GraphModule, count: int, seed: int, side: Side = CONTEXT, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Logits of candidates with the context in every row, and with the context once."""
+    batch = rows(count, seed=seed)
+    one = take(batch, [seed % count])
+    sparse, dense = batch.sparse.clone(), batch.dense.to(dtype)
+    here, numbers = list(side.sparse), list(side.dense)
+    sparse[:, here], dense[:, numbers] = one.sparse[:, here], one.dense[:, numbers].to(dtype)
+    bag = batch.sequences["history"]
+    if "history" in side.sequences:
+        bag = one.sequences["history"]
+        tiled = Ragged(bag.values.repeat(count), (torch.arange(count + 1) * len(bag.values)).to(torch.int32))
+    else:
+        tiled = bag
+    there = [i for i in range(3) if i not in here]
+    left = [i for i in range(3) if i not in numbers]
+    with torch.no_grad():
+        expected = m(Batch(sparse=sparse, dense=dense, sequences={"history": tiled})).logits
+        shown = program(
+            one.sparse[:, here], one.dense[:, numbers].to(dtype), sparse[:, there], dense[:, left], bag.values, bag.offsets
+        )
+    return expected, shown
+
+
+@pytest.mark.parametrize(("name", "flavour"), CASES)
+def test_every_preset_scores_as_with_the_context_in_every_row(name: str, flavour: str) -> None:
+    m = model(name, flavour).double().requires_grad_(False)  # type: ignore[arg-type]
+    program, found = hoisted(m)
+    for count, seed in ((6, 0), (1, 1), (9, 2)):  # of some the history is empty
+        expected, shown = both(m, program, count, seed)
+        assert expected.shape == shown.shape
+        torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
+    assert all(0 <= h.share <= 1 and h.multiplications > 0 for h in found)
+
+
+@pytest.mark.parametrize(
+    "side",
+    [
+        Side((0,), (), ()),
+        Side((), (0, 2), ()),
+        Side((0, 1, 2), (0, 1, 2), ()),
+        Side((), (), ("history",)),
+        Side((1, 2), (0, 1, 2), ("history",)),
+    ],
+)
+@pytest.mark.parametrize("name", ["deepfm", "final_mlp", "autoint", "din"])
+def test_any_split_of_the_fields(name: str, side: Side) -> None:
+    m = model(name, "paper").double().requires_grad_(False)
+    program, _ = hoisted(m, side)
+    for seed in range(2):
+        expected, shown = both(m, program, 5, seed, side)
+        torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_hoisted_of_an_mlp() -> None:
+    m = model("dnn", "paper").requires_grad_(False)
+    program, found = hoisted(m, dtype=torch.float32)
+    first, *others = [h for h in found if h.operation == "linear"]
+    assert first.share == 4 / 7  # two categories, one number and the history, of seven tokens
+    assert first.multiplications == 7 * 4 * 8
+    assert [h.share for h in others] == [0.0] * len(others)
+    expected, shown = both(m, program, 9, 0, dtype=torch.float32)
+    torch.testing.assert_close(shown, expected, rtol=0, atol=1e-6)
+
+
+def test_tables_are_not_copied() -> None:
+    m = model("deepfm", "paper").requires_grad_(False)
+    program, _ = hoisted(m, dtype=torch.float32)
+    places = {tensor.data_ptr() for tensor in program.buffers()}
+    assert all(table.weight.data_ptr() in places for table in m.modules() if isinstance(table, nn.Embedding))
+
+
+class Strange(nn.Module):
+    """Operations without a rule, between operations that have one."""
+
+    def __init__(self, inner: ModelComponent) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch: Batch) -> Output:
+        x_BFD = self.inner.embedding(batch)
+        x_BFD = torch.cumsum(x_BFD * 2, dim=1) + torch.flip(x_BFD, (1,))
+        return Output((x_BFD.sort(1).values.relu() @ x_BFD.mT).amax((1, 2)) + torch.logsumexp(x_BFD.flatten(1), 1))
+
+
+def test_operations_without_a_rule_read_the_joined_pieces() -> None:
+    m = Strange(model("dnn", "paper")).double().requires_grad_(False).eval()
+    program, _ = hoisted(m)
+    expected, shown = both(m, program, 6, 0)
+    torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
