@@ -186,7 +186,13 @@ def select(
         _check_vectors(method, config)
     figure = _figure() if curve else None
     target = Path(out)
-    asked = {"method": method, "options": to_json(chosen), "name": name, "run": to_json(config), "search_batch_size": search_batch_size}
+    asked = {
+        "method": method,
+        "options": to_json(chosen),
+        "name": name,
+        "run": to_json(config),
+        "search_batch_size": search_batch_size,
+    }
     new = _claim(target, {**asked, "data": _described(data, options)})
     with _unless_finished(target, new, first_seed):
         store = _three_splits(data, target, options)
