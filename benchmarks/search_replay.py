@@ -47,16 +47,16 @@ class Grid:
     name: str
     params: Sequence[Mapping[str, float | None]]
     places: Places
-    auc_N: Floats
-    prior_N: Floats
+    auc_N: Floats  # noqa: N815 (a shape suffix)
+    prior_N: Floats  # noqa: N815 (a shape suffix)
 
 
 @dataclass(frozen=True)
 class Regrets:
-    """Of one strategy: ``regret_GST``, best AUC of the grid less the best one found, after T trials, for every grid and seed."""
+    """Of one strategy: ``regret_GST``, best AUC of the grid less the best found in T trials, for every grid and seed."""
 
     name: str
-    regret_GST: Floats
+    regret_GST: Floats  # noqa: N815 (a shape suffix)
 
     def mean(self, evaluations: int) -> float:
         return float(self.regret_GST[:, :, evaluations - 1].mean())
@@ -175,7 +175,7 @@ def random_regrets(grids: Sequence[Grid]) -> Regrets:
 
 
 def _expected_regret(auc_N: Floats, evaluations: int) -> float:
-    """Best of all less E[best of some], drawn without putting back: rank i is the best of k with chance C(n−1−i, k−1)/C(n, k)."""
+    """Best of all less E[best of k drawn]: the i-th best is the best drawn with chance C(n−1−i, k−1)/C(n, k)."""
     best_first, count = np.sort(auc_N)[::-1], len(auc_N)
     evaluations = min(evaluations, count)
     chances = [math.comb(count - 1 - i, evaluations - 1) / math.comb(count, evaluations) for i in range(count)]

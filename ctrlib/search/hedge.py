@@ -61,10 +61,10 @@ class Axis:
 class Places:
     """Settings as points: ``numbers_NP`` [N, P] and ``names_NQ`` [N, Q], and the weights of their axes."""
 
-    numbers_NP: Floats
-    names_NQ: Floats
-    weight_P: Floats
-    weight_Q: Floats
+    numbers_NP: Floats  # noqa: N815 (a shape suffix)
+    names_NQ: Floats  # noqa: N815 (a shape suffix)
+    weight_P: Floats  # noqa: N815 (a shape suffix)
+    weight_Q: Floats  # noqa: N815 (a shape suffix)
 
     def __len__(self) -> int:
         return len(self.numbers_NP)
@@ -202,4 +202,5 @@ def _expected_improvement(mean_C: Floats, spread_C: Floats, best: float) -> Floa
     """E[max(0, N(mean, spread²) − best)]"""
     u_C = (mean_C - best) / spread_C
     below_C = 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(u_C / math.sqrt(2)))
-    return spread_C * (u_C * below_C + np.exp(-0.5 * np.square(u_C)) / math.sqrt(2 * math.pi))
+    improvement_C: Floats = spread_C * (u_C * below_C + np.exp(-0.5 * np.square(u_C)) / math.sqrt(2 * math.pi))
+    return improvement_C

@@ -60,7 +60,7 @@ def test_model_finds_the_top_of_a_hill_and_beats_chance() -> None:
 
 def test_a_wrong_prior_is_outvoted() -> None:
     places, x = _line()
-    score, wrong = -np.abs(x - 0.9), 3 * (1 - x)  # the prior likes the wrong end
+    score, wrong = -np.abs(x - 0.9), 1 - 2 * x  # the prior likes the wrong end
     tried = _search(score, wrong, places, 16)
     assert tried[0] == 0
     assert score[tried].max() > -0.02
@@ -73,7 +73,7 @@ def test_a_right_prior_pays_at_once() -> None:
 
 
 def test_pending_trials_push_others_away() -> None:
-    places, x = _line(11)
+    places, _ = _line(11)
     seen, score = [0, 5, 10], np.array([0.0, 1.0, 0.0])
     rng = np.random.default_rng(0)
 
