@@ -83,5 +83,10 @@ if __name__ == "__main__":
 
     data, out, trials, workers = sys.argv[1:5]
     spaces.run(
-        Path(data), Path(out), spaces.slow, trials=int(trials), workers=int(workers), storage=(sys.argv[5:] or [None])[0]
+        Path(data),
+        Path(out),
+        spaces.slow,
+        trials=int(trials),
+        workers=int(workers),
+        storage=sys.argv[5] if len(sys.argv) > 5 else None,
     )

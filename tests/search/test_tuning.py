@@ -20,13 +20,14 @@ optuna = pytest.importorskip("optuna")
 import ctrlib  # noqa: E402
 from ctrlib.config import ConfigError  # noqa: E402
 from ctrlib.data.store import Store  # noqa: E402
-from ctrlib.experiment import prepare  # noqa: E402
+from ctrlib.experiment import prepare, train  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
 from ctrlib.search import tuning  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
 from ctrlib.search.space import AutoSpace  # noqa: E402
 from ctrlib.search.tuning import SearchConfig, search  # noqa: E402
+from ctrlib.training import TrainingDivergedError  # noqa: E402
 from tests.clicks import write  # noqa: E402
 from tests.search import spaces  # noqa: E402
 
@@ -212,12 +213,12 @@ def test_time_is_kept_for_the_end_and_trials_do_not_run_over(data: Path, tmp_pat
 
 
 def test_a_diverging_finalist_is_left_out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, calls = finishing.train, []
+    calls: list[int] = []
 
     def sometimes(*args: Any, **options: Any) -> dict[str, Any]:
         calls.append(options["seed"])
         if len(calls) <= 2:
-            raise finishing.TrainingDivergedError("the loss is nan")
+            raise TrainingDivergedError("the loss is nan")
         return train(*args, **options)
 
     monkeypatch.setattr(finishing, "train", sometimes)
@@ -226,7 +227,7 @@ def test_a_diverging_finalist_is_left_out(data: Path, tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "run" / "finish").rglob("*.failed.json"))) == 2
 
 
-# Kills, with real processes -----------------------------------------------------------------------------------------------------
+# Kills, with real processes
 
 
 def _start(data: Path, out: Path, trials: int, workers: int, log: Path, storage: str | None = None) -> subprocess.Popen[bytes]:
@@ -298,7 +299,7 @@ def test_kill_of_one_worker(data: Path, tmp_path: Path) -> None:
 
 
 def test_auto_space_reaches_other_processes() -> None:
-    import pickle  # noqa: S403, TID251 (what multiprocessing does with it)
+    import pickle  # noqa: TID251 (what multiprocessing does with it)
 
     assert pickle.loads(pickle.dumps(AutoSpace())) == AutoSpace()  # noqa: S301
     assert np.isfinite(tuning.seconds_of("1.5h"))
