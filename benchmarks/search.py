@@ -1,6 +1,6 @@
 """Whether a search beats random search: ``python -m benchmarks.search --replay`` (seconds) and ``--real`` (hours).
 
-``--replay`` exits with status 1 where a gate of the replay fails.
+Both exit with status 1 where a gate fails. ``--real`` compares wall time, so it needs a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.common import print_table, write_result
+from benchmarks.search_real import DATA, RUNS, Setting, run_real
 from benchmarks.search_replay import EVALUATIONS, Regrets, hedged, random_regrets, read_grids, replay, tpe
+from ctrlib.cpu import tune_cpu
 
 SEEDS, TPE_SEEDS = 20, 2  # Optuna's sampler takes longer than the rest together
 SHOWN = (1, 4, 8, EVALUATIONS)
@@ -68,11 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read options, run, return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replay", action="store_true", help="on the log of BARS runs, $CTRLIB_DATA/bars/tuning_log.csv")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--real", action="store_true", help="train, on Frappe, a sample of Criteo and synthetic clicks")
+    parser.add_argument("--seeds", type=int, help=f"default: {SEEDS} of the replay, {Setting().seeds} of real searches")
+    parser.add_argument("--seconds", type=float, default=Setting().seconds, help="of every real search")
+    parser.add_argument("--frappe-seconds", type=float, default=Setting().frappe_seconds, help="against published settings")
+    parser.add_argument("--data", nargs="+", choices=tuple(DATA), default=tuple(DATA), help="of real searches")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the real searches")
     options = parser.parse_args(arguments)
-    if not options.replay:
-        parser.error("say what to run: --replay")
-    return 0 if run_replay(options.seeds) else 1
+    if not (options.replay or options.real):
+        parser.error("say what to run: --replay, --real, or both")
+    held = run_replay(options.seeds or SEEDS) if options.replay else True
+    if options.real:
+        tune_cpu()
+        setting = Setting(
+            seconds=options.seconds, seeds=options.seeds or Setting().seeds, frappe_seconds=options.frappe_seconds
+        )
+        held = run_real(setting, options.data, options.runs) and held
+    return 0 if held else 1
 
 
 if __name__ == "__main__":

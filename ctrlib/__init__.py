@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ctrlib.models.ctr import CTRModel, build_model
     from ctrlib.models.presets import PRESETS, preset
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
+    from ctrlib.search.screen import screen
     from ctrlib.search.selection import Selection, apply_to_store, compact
+    from ctrlib.search.tuning import SearchConfig, tune
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 
 _MODULES = {
@@ -37,7 +39,9 @@ _MODULES = {
     "models.ctr": ("CTRModel", "build_model"),
     "models.presets": ("PRESETS", "preset"),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
+    "search.screen": ("screen",),
     "search.selection": ("Selection", "apply_to_store", "compact"),
+    "search.tuning": ("SearchConfig", "tune"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
 }
 
@@ -59,6 +63,7 @@ __all__ = [
     "Output",
     "RunConfig",
     "Schema",
+    "SearchConfig",
     "Selection",
     "SequenceField",
     "SparseField",
@@ -77,8 +82,10 @@ __all__ = [
     "preset",
     "run_experiment",
     "save",
+    "screen",
     "seed_everything",
     "train",
+    "tune",
     "tune_cpu",
 ]
 

@@ -13,9 +13,10 @@ from ctrlib import experiment
 from ctrlib.config import ConfigError
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.split import SplitBy
-from ctrlib.files import json_text
+from ctrlib.files import json_text, write_json
 from ctrlib.models.presets import PRESETS
 from ctrlib.schema import DataError
+from ctrlib.search import screen as screening
 from ctrlib.search import select as selecting
 from ctrlib.search.select import METHODS
 
@@ -259,6 +260,34 @@ def select(
     )
     print(selecting.table(report), end="")
     print(f"\nsaved to {out} (selection/, before/, after/, report.json, report.md{', curve.png' if curve else ''})")
+
+
+@app.command()
+def screen(
+    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    order: Annotated[int, typer.Option(help="2 or 3 also looks at combinations of so many fields.")] = 1,
+    redundancy: Annotated[bool, typer.Option("--redundancy", help="Also order the fields by 3MR.")] = False,
+    subsampling: Annotated[int, typer.Option(help="Read every n-th training row.")] = 1,
+    dim: Annotated[int, typer.Option(help="Width of vectors, for the memory of tables.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Rank fields before any model; flag leaks, constants, copies and drift; predict the memory of tables."""
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    config = screening.ScreenConfig(order=order, redundancy=redundancy, subsampling=subsampling, dim=dim)
+    report = screening.screen(data, options, config=config, seed=seed)
+    print(screening.table(report), end="")
+    if out is not None:
+        write_json(out, report)
 
 
 @app.command()

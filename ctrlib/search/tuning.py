@@ -47,7 +47,7 @@ from ctrlib.search.trials import (
     untrained,
 )
 
-__all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of"]
+__all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of", "tune"]
 
 _log = logging.getLogger("ctrlib")
 _NOISE_SEEDS = 3
@@ -217,6 +217,10 @@ def search(
         )
 
 
+tune = search
+"""The name at the top of the package, where ``ctrlib.search`` is the package of searches."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without a line of Optuna, or of every epoch, for every trial: one line of ours says it."""
@@ -329,7 +333,7 @@ def _run_workers(work: _Work, workers: int) -> None:
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads in the middle of things
     threads = max(1, (os.cpu_count() or 1) // workers)
-    processes = [context.Process(target=_worker, args=(work, threads)) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(work, threads, os.getpid())) for _ in range(workers)]
     restarts = 0
     try:
         for process in processes:
@@ -344,7 +348,7 @@ def _run_workers(work: _Work, workers: int) -> None:
                     restarts += 1
                     _log.info("a worker ended with status %s; another takes up its trial", process.exitcode)
                     take_up_lost(work.open())
-                    processes.append(context.Process(target=_worker, args=(work, threads)))
+                    processes.append(context.Process(target=_worker, args=(work, threads, os.getpid())))
                     processes[-1].start()
     except BaseException:
         for process in processes:
@@ -354,19 +358,19 @@ def _run_workers(work: _Work, workers: int) -> None:
         raise
 
 
-def _worker(work: _Work, threads: int) -> None:
+def _worker(work: _Work, threads: int, parent: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     with _quiet():
-        run_trials(work)
+        run_trials(work, parent)
 
 
-def run_trials(work: _Work) -> None:
-    """Trials until the budget is spent."""
+def run_trials(work: _Work, parent: int | None = None) -> None:
+    """Trials until the budget is spent, or the process that began this one is gone."""
     study = work.open()
     draws = Portfolio().draws(work.space) if work.portfolio else []
     direction = sign(work.config.metric)
-    while True:
+    while parent is None or os.getppid() == parent:
         trials = study.get_trials(deepcopy=False)
         waiting = any(t.state == TrialState.WAITING for t in trials)
         counted = sum(_counts(t) for t in trials)

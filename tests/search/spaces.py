@@ -12,7 +12,7 @@ from ctrlib.search.space import Candidate
 from ctrlib.search.tuning import SearchConfig, search
 from tests.clicks import tiny
 
-OPTIONS = {"models": ("dnn",), "smallest": 300, "finalists": 2, "finish_seeds": 2}
+OPTIONS: dict[str, Any] = {"models": ("dnn",), "smallest": 10_000, "finalists": 2, "finish_seeds": 2}
 
 
 def small(trial: Any) -> RunConfig:
@@ -82,11 +82,6 @@ if __name__ == "__main__":
     from tests.search import spaces  # by its own name, which other processes know
 
     data, out, trials, workers = sys.argv[1:5]
-    spaces.run(
-        Path(data),
-        Path(out),
-        spaces.slow,
-        trials=int(trials),
-        workers=int(workers),
-        storage=sys.argv[5] if len(sys.argv) > 5 else None,
-    )
+    url = sys.argv[5] if len(sys.argv) > 5 else None
+    few: dict[str, Any] = {"smallest": 300, "finalists": 1, "finish_seeds": 1}
+    spaces.run(Path(data), Path(out), spaces.slow, trials=int(trials), workers=int(workers), storage=url, **few)

@@ -17,7 +17,7 @@ pytest.importorskip("psycopg2")
 
 from ctrlib.search.sampling import open_storage  # noqa: E402
 from tests.clicks import write  # noqa: E402
-from tests.search.test_tuning import _start  # noqa: E402
+from tests.search.test_tuning import _started  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     shutil.which("initdb") is None or shutil.which("pg_ctl") is None, reason="no PostgreSQL server installed"
@@ -51,8 +51,11 @@ def server() -> Iterator[str]:
 def test_two_searches_share_a_study(server: str, tmp_path: Path) -> None:
     data = write(tmp_path / "clicks")
     logs = [tmp_path / f"log-{i}" for i in range(2)]
-    processes = [_start(data, tmp_path / f"run-{i}", 6, 1, log, server) for i, log in enumerate(logs)]
-    assert [p.wait(timeout=300) for p in processes] == [0, 0], "".join(log.read_text() for log in logs)
+    with (
+        _started(data, tmp_path / "run-0", 6, 1, logs[0], server) as first,
+        _started(data, tmp_path / "run-1", 6, 1, logs[1], server) as second,
+    ):
+        assert [p.wait(timeout=500) for p in (first, second)] == [0, 0], "".join(log.read_text() for log in logs)
     storage = open_storage(server, tmp_path)
     [summary] = optuna.get_all_study_summaries(storage)  # one study of both
     trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
