@@ -58,6 +58,7 @@ def run_replay(seeds: int) -> bool:
     result = {
         "grids": len(grids),
         "seeds": seeds,
+        "tpe_seeds": min(TPE_SEEDS, seeds),
         "seconds": time.perf_counter() - started,
         "regret": {r.name: {str(t): {"mean": r.mean(t), "median": r.median(t)} for t in SHOWN} for r in others},
         "won": {r.name: {str(t): r.win_share(chance, t) for t in SHOWN} for r in others},

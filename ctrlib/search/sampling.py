@@ -70,7 +70,7 @@ class HedgedSampler(optuna.samplers.BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Choose the settings of a trial, all at once."""
         rng = np.random.default_rng([self._seed, trial.number])
-        seen = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.params]
+        seen = [t for t in others_of(study, trial.number) if t.params]
         if self._hedge is None or self._hedge.turn(len(seen)) == "random":
             self._chosen = self._drawn(rng).params
             return
@@ -132,6 +132,12 @@ def sampler_for(
     return HedgedSampler(space, seed=seed, sign=sign, rungs=rungs, portfolio=portfolio, hedge=hedge)
 
 
+def others_of(study: Study, number: int | None = None) -> list[FrozenTrial]:
+    """The trials that count, but for one: not those that were cut off, which another one takes up."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or "error" in t.user_attrs)]
+
+
 def trial_scores(trials: Sequence[FrozenTrial], sign: float) -> list[Scores]:
     """What each trial reached by rung, larger is better."""
     return [{rung: sign * value for rung, value in t.intermediate_values.items() if math.isfinite(value)} for t in trials]
@@ -146,16 +152,18 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     if url is None:
         _mend(journal)
         return JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
+    # said out loud: the driver that SQLAlchemy takes by itself differs between its versions
+    driven = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
         with warnings.catch_warnings():  # heartbeats are experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
+            return RDBStorage(driven, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
     except Exception as error:  # each driver has its own
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"the storage {_without_password(url)} cannot be reached ({type(error).__name__}: {reason:.200}); expected a URL "
             "such as postgresql://user@host/database or sqlite:///file.db, a server that runs, and its driver "
-            "(pip install psycopg2-binary)"
+            "(pip install 'ctrlib[distributed]')"
         ) from error
 
 

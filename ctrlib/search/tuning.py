@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import time
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import optuna
 import torch
@@ -31,7 +32,7 @@ from ctrlib.schema import DataError, DenseField
 from ctrlib.search.budget import Budget, seconds_of
 from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, fractions, one_epoch, promotes
 from ctrlib.search.finish import Finalist, finish
-from ctrlib.search.sampling import Method, here, open_storage, sampler_for, take_up_lost, trial_scores
+from ctrlib.search.sampling import Method, here, open_storage, others_of, sampler_for, take_up_lost, trial_scores
 from ctrlib.search.select import described
 from ctrlib.search.space import MODELS, AutoSpace, Candidate, Fixed, Portfolio, Space, candidate_of
 from ctrlib.search.trials import (
@@ -84,7 +85,7 @@ class SearchConfig:
     finish_seeds: int = 3
     smallest: int = 10_000
     seed: int = 0
-    device: Any = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, get_args(Metric))
@@ -170,11 +171,16 @@ def search(
     study_name = "ctrlib-" + hashlib.sha256(json_text(asked).encode()).hexdigest()[:16]
     if storage is not None:
         open_storage(storage, target)  # before anything is written
-    _claim(target, asked, resume)
-    store = _store(data, target, options)
-    if space is None:
-        _check_latency(config, store)
-    searched = space or _auto(config, store, data)
+    new = _claim(target, asked, resume)
+    try:
+        store = _store(data, target, options)
+        if space is None:
+            _check_latency(config, store)
+    except BaseException:
+        if new:  # there is nothing in it to go on with
+            shutil.rmtree(target)
+        raise
+    searched = space or _auto(config, store, _raw(data, options) is not None)
     work = _Work(
         config=config,
         budget=budget,
@@ -242,19 +248,20 @@ def _name(space: Space) -> str:
     return f"{getattr(space, '__module__', '')}.{getattr(space, '__qualname__', type(space).__qualname__)}"
 
 
-def _claim(target: Path, asked: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder, or see that what is in it is this very search."""
+def _claim(target: Path, asked: Mapping[str, Any], resume: bool) -> bool:
+    """Make the folder (then it is new), or see that what is in it is this very search."""
     path = target / "search.json"
     if not target.exists():
         with new_folder(target) as part:
             write_json(part / path.name, asked)
-        return
+        return True
     if not path.is_file():
         raise DataError(f"{target} exists already, and is not a search to go on with; choose another folder, or remove it")
     if not resume:
         raise DataError(f"{target} holds a search already; go on with it (--resume), or choose another folder")
     if json.loads(path.read_text(encoding="utf-8")) != json.loads(json_text(asked)):
         raise ConfigError(f"{target} holds a search with other settings or of other data (see {path}); choose another folder")
+    return False
 
 
 def _store(data: object, target: Path, options: DataOptions) -> Store:
@@ -276,13 +283,13 @@ def _raw(data: object, options: DataOptions) -> tuple[str, DataOptions] | None:
     return str(data), options
 
 
-def _auto(config: SearchConfig, store: Store, data: object) -> AutoSpace:
+def _auto(config: SearchConfig, store: Store, encodes: bool) -> AutoSpace:
     encoder = store.encoder
     return AutoSpace(
         models=config.models,
         rows=store.rows["train"],
         table_rows=sum(v.size for v in encoder.vocabularies.values()),
-        encodes=_raw(data, DataOptions()) is not None,
+        encodes=encodes,
         numbers=any(isinstance(f, DenseField) for f in encoder.schema.fields),
         device=config.device,
     )
@@ -433,7 +440,7 @@ def _objective(trial: optuna.Trial, work: _Work) -> float:
 def _climb(trial: optuna.Trial, candidate: Candidate, work: _Work, started: float) -> float:
     """Train on one rung after the other."""
     config, study = work.config, trial.study
-    others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+    others = others_of(study, trial.number)
     known = one_epoch([t.user_attrs["one_epoch"] for t in others if "one_epoch" in t.user_attrs])
     trial.set_user_attr("single_epoch", known)
     run = settled(candidate.run, config.metric, known)
@@ -474,8 +481,8 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: _Work, started: floa
             "trial %d, %s, on %.3g of the rows: %s %.5f", trial.number, candidate.name, work.rungs[rung], config.metric, value
         )
         if rung != active[-1]:
-            now = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-            reached = [scores[rung] for scores in trial_scores(now, sign(config.metric)) if rung in scores]
+            now = trial_scores(others_of(study, trial.number), sign(config.metric))
+            reached = [scores[rung] for scores in now if rung in scores]
             if not promotes(sign(config.metric) * value, reached):
                 raise optuna.TrialPruned(f"not among the best third on {work.rungs[rung]:.3g} of the rows")
     return value
@@ -526,7 +533,7 @@ def _dominates(a: Finalist, b: Finalist, metric: Metric) -> bool:
 def _facts(study: Study, work: _Work) -> dict[str, Any]:
     """What the report says of the search itself."""
     trials = study.get_trials(deepcopy=False)
-    scores = trial_scores(trials, sign(work.config.metric))
+    scores = trial_scores(others_of(study), sign(work.config.metric))
     active = active_rungs(len(work.rungs), scores)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     begin = min((t.datetime_start for t in trials if t.datetime_start is not None), default=None)

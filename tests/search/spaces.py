@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ if __name__ == "__main__":
     from tests.search import spaces  # by its own name, which other processes know
 
     data, out, trials, workers = sys.argv[1:5]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     url = sys.argv[5] if len(sys.argv) > 5 else None
     few: dict[str, Any] = {"smallest": 300, "finalists": 1, "finish_seeds": 1}
     spaces.run(Path(data), Path(out), spaces.slow, trials=int(trials), workers=int(workers), storage=url, **few)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 optuna = pytest.importorskip("optuna")
-pytest.importorskip("psycopg2")
+pytest.importorskip("psycopg")
 
 from ctrlib.search.sampling import open_storage  # noqa: E402
 from tests.clicks import write  # noqa: E402

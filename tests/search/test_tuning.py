@@ -19,6 +19,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 import ctrlib  # noqa: E402
+from ctrlib.cli import main  # noqa: E402
 from ctrlib.config import ConfigError  # noqa: E402
 from ctrlib.data.store import Store  # noqa: E402
 from ctrlib.experiment import prepare, train  # noqa: E402
@@ -176,6 +177,33 @@ def test_other_bad_options(data: Path, tmp_path: Path) -> None:
         spaces.run(data, tmp_path / "run", trials=1, workers=0)
 
 
+def test_data_that_cannot_be_read_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--label"):
+        search(str(data / "train.parquet"), tmp_path / "run", config=SearchConfig(trials=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_the_command_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = str(data / "train.parquet"), str(tmp_path / "run")
+    given = ["--schema", str(data / "schema.json"), "--models", "fm", "--finalists", "1", "--finish-seeds", "1"]
+
+    def run(*more: str) -> object:
+        monkeypatch.setattr("sys.argv", ["ctrlib", "search", rows, "--out", out, *given, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    assert run("--budget", "soon") == 2
+    assert "expected a time such as 90s, 30m" in capsys.readouterr().err
+    assert run("--trials", "1") == 0
+    assert "best: fm, test AUC" in capsys.readouterr().out
+    assert run("--trials", "1") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run("--trials", "1", "--resume") == 0
+
+
 def test_encodings_are_searched_where_raw_rows_are_at_hand(data: Path, tmp_path: Path) -> None:
     report = spaces.run(data, tmp_path / "run", spaces.encodes, trials=4, method="random")
     counts = {t.params["min_count"] for t in _trials(tmp_path / "run")}
@@ -191,7 +219,7 @@ def test_a_store_has_no_encodings_to_search(data: Path, tmp_path: Path) -> None:
     config = SearchConfig(trials=2, **spaces.OPTIONS)
     with pytest.raises(ConfigError, match="a store is encoded already; search on files of raw rows"):
         search(store, tmp_path / "run", config=config, space=spaces.encodes)
-    assert not tuning._auto(config, store, store).encodes
+    assert tuning._raw(store, spaces.data_options(data)) is None
 
 
 def test_the_default_space_on_small_data(data: Path, tmp_path: Path) -> None:
