@@ -118,9 +118,9 @@ def _search_replay(data: dict[str, Any]) -> str:
         f"* {g['name']}: {g['value']:.3g}, to be {g['limit']}{'' if g['holds'] else ': FAILS'}\n" for g in data["gates"]
     )
     return (
-        f"Strategies of `ctrlib search` on a public log of tuning runs: {data['grids']} grids, mean over {data['seeds']} seeds (TPE: "
-        f"{data['tpe_seeds']}; random: exact). Mean / median over the grids of the regret in validation AUC, in 1e-4, and the share "
-        "of grids won over random, by number of evaluations:\n\n"
+        f"Strategies of `ctrlib search` on a public log of tuning runs: {data['grids']} grids, {data['seeds']} seeds (TPE: "
+        f"{data['tpe_seeds']}; random: exact). Mean / median over the grids of the regret in validation AUC, in 1e-4, and the "
+        "share of grids won over random, by number of evaluations:\n\n"
         + _table(["", *shown, *(f"won, {t}" for t in shown)], rows)
         + f"\n{gates}"
     )
@@ -168,7 +168,8 @@ def main() -> None:
         data = _read(name)
         machine = data["machine"]
         where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-        text += f"\n## `python -m benchmarks.{COMMANDS.get(name, name)}`\n\n{where}; load average at the end {machine['load_average']:.1f}.\n\n"
+        command = COMMANDS.get(name, name)
+        text += f"\n## `python -m benchmarks.{command}`\n\n{where}; load average at the end {machine['load_average']:.1f}.\n\n"
         text += section(data)
     Path(RESULTS.parent / "README.md").write_text(text, encoding="utf-8")
 

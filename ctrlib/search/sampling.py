@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from ctrlib.config import ConfigError
 from ctrlib.files import process_alive
@@ -30,6 +32,7 @@ _STARTUP = 8  # random trials before TPE
 _FRESH, _NEAR, _BEST = 100, 50, 5  # candidates drawn anew, and near so many of the best
 _KEEP = 0.7  # of the parameters, near the best
 _HEARTBEAT, _GRACE = 60, 180  # seconds
+_TRIES = 5
 
 
 def tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -157,7 +160,7 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     try:
         with warnings.catch_warnings():  # heartbeats are experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(driven, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
+            return _connected(driven)
     except Exception as error:  # each driver has its own
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -165,6 +168,16 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
             "such as postgresql://user@host/database or sqlite:///file.db, a server that runs, and its driver "
             "(pip install 'ctrlib[distributed]')"
         ) from error
+
+
+def _connected(url: str) -> RDBStorage:
+    """Where several machines begin at once, one of them makes the tables, and the others find them half made: they try again."""
+    for _ in range(_TRIES):
+        try:
+            return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
+        except (IntegrityError, ProgrammingError):
+            time.sleep(1)
+    return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
 
 
 def _without_password(url: str) -> str:
