@@ -21,7 +21,8 @@ from ctrlib.schema import DataError
 from ctrlib.search.hedge import Axis, Hedge, Places, locate, standardised, transfer
 
 Floats = npt.NDArray[np.float64]
-LOG = Path(os.environ.get("CTRLIB_DATA", "../shared/data")) / "bars" / "tuning_log.csv"
+ROOT = Path(__file__).resolve().parents[1]
+LOG = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data")) / "bars" / "tuning_log.csv"
 EVALUATIONS = 12
 _SMALLEST_GRID, _SMALLEST_PAST = 12, 6
 # the parameters that the log names; the weights are prior knowledge: L2 explains most of the variance, then all the same

@@ -31,7 +31,9 @@ Method = Literal["hedged", "tpe", "random"]
 _STARTUP = 8  # random trials before TPE
 _FRESH, _NEAR, _BEST = 100, 50, 5  # candidates drawn anew, and near so many of the best
 _KEEP = 0.7  # of the parameters, near the best
-_HEARTBEAT, _GRACE = 60, 180  # seconds
+_HEARTBEAT = 60  # seconds
+GRACE = 180
+"""Seconds without a sign of life after which a worker on another machine counts as dead."""
 _TRIES = 5
 
 
@@ -171,13 +173,13 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
 
 
 def _connected(url: str) -> RDBStorage:
-    """Where several machines begin at once, one of them makes the tables, and the others find them half made: they try again."""
+    """Where several machines begin at once, one makes the tables, and the others find them half made: they try again."""
     for _ in range(_TRIES):
         try:
-            return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
+            return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
         except (IntegrityError, ProgrammingError):
             time.sleep(1)
-    return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE, heartbeat_stale_trial_callback=again)
+    return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
 
 
 def _without_password(url: str) -> str:

@@ -5,124 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import multiprocessing
-import os
 import shutil
 import statistics
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import optuna
-import torch
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
-from ctrlib.config import ConfigError, check_choice, positive, to_json
+from ctrlib.config import ConfigError, positive, to_json
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, open_store, torch_device
 from ctrlib.files import discard_unfinished, json_text, new_folder, write_json
 from ctrlib.models.presets import preset
 from ctrlib.schema import DataError, DenseField
-from ctrlib.search.budget import Budget, seconds_of
-from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, fractions, one_epoch, promotes
-from ctrlib.search.finish import Finalist, finish
-from ctrlib.search.sampling import Method, here, open_storage, others_of, sampler_for, take_up_lost, trial_scores
+from ctrlib.search.budget import seconds_of
+from ctrlib.search.fidelity import fractions
+from ctrlib.search.finish import finish
+from ctrlib.search.outcome import facts, finalists
+from ctrlib.search.sampling import open_storage, take_up_lost
 from ctrlib.search.select import described
-from ctrlib.search.space import MODELS, AutoSpace, Candidate, Fixed, Portfolio, Space, candidate_of
-from ctrlib.search.trials import (
-    Metric,
-    OutOfTimeError,
-    Stores,
-    estimate,
-    latency_ms,
-    settled,
-    sign,
-    train_on,
-    trial_seed,
-    untrained,
-)
+from ctrlib.search.space import MODELS, AutoSpace, Fixed, Portfolio, Space, candidate_of
+from ctrlib.search.trials import Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
+from ctrlib.search.worker import SearchConfig, Work, quiet, run_workers, wait_for_others
 
 __all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of", "tune"]
 
 _log = logging.getLogger("ctrlib")
 _NOISE_SEEDS = 3
-_RESTARTS = 3  # of a worker that died
-_PARETO_EXTRA = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchConfig:
-    """What to search for, and for how long.
-
-    Args:
-        metric: of the validation rows, to improve.
-        method: ``hedged``: a portfolio, hedged, then a model of the trials (:class:`~ctrlib.search.hedge.Hedge`); ``tpe``:
-            Optuna's, grouped and multivariate; ``random``.
-        models: names of presets, and ``blocks``; of the default space only.
-        budget: seconds of wall clock, the comparison at the end included; ``None``: no limit.
-        trials: how many at most; ``None``: no limit. One of the two is needed. Workers side by side may add one trial each.
-        latency_ms: a model that takes longer for 100 rows in one batch, on this machine, is not trained; ``None``: no limit.
-        finalists: settings that are trained again on all rows; ``finish_seeds``: with how many seeds. Fewer, where the budget
-            has no time for them.
-        smallest: rows of the lowest rung at least.
-        seed: of everything.
-        device: see :class:`~ctrlib.experiment.RunConfig`; of the default space.
-    """
-
-    metric: Metric = "log_loss"
-    method: Method = "hedged"
-    models: tuple[str, ...] = MODELS
-    budget: float | None = None
-    trials: int | None = None
-    latency_ms: float | None = None
-    finalists: int = 5
-    finish_seeds: int = 3
-    smallest: int = 10_000
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice("metric", self.metric, get_args(Metric))
-        check_choice("method", self.method, get_args(Method))
-        check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        positive("smallest", self.smallest)
-        if self.latency_ms is not None:
-            positive("latency_ms", self.latency_ms)
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
-        self.spending(1)
-        AutoSpace(models=self.models)
-
-    def spending(self, workers: int) -> Budget:
-        """The budget of so many workers."""
-        return Budget(
-            seconds=self.budget, trials=self.trials, finalists=self.finalists, seeds=self.finish_seeds, workers=workers
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
-    """All that a worker needs to know; it goes to other processes."""
-
-    config: SearchConfig
-    budget: Budget
-    space: Space
-    portfolio: bool
-    stores: Stores
-    rungs: tuple[float, ...]
-    storage: str | None
-    journal: Path
-    study: str
-    began: float  # of time.time(), less what earlier calls have used
-
-    def open(self) -> Study:
-        return optuna.load_study(study_name=self.study, storage=open_storage(self.storage, self.journal))
 
 
 def search(
@@ -181,7 +94,7 @@ def search(
             shutil.rmtree(target)
         raise
     searched = space or _auto(config, store, _raw(data, options) is not None)
-    work = _Work(
+    work = Work(
         config=config,
         budget=budget,
         space=searched,
@@ -193,7 +106,7 @@ def search(
         study=study_name,
         began=time.time(),
     )
-    with _quiet():
+    with quiet():
         study = optuna.create_study(
             study_name=study_name,
             storage=open_storage(storage, work.journal),
@@ -209,9 +122,11 @@ def search(
         work = replace(work, began=time.time() - _used(study, workers))
         if "noise" not in study.user_attrs:
             study.set_user_attr("noise", _noise(work, store))
-        _run_workers(work, workers)
+        run_workers(work, workers)
+        if wait_for_others(study):  # one of them died, and left a trial
+            run_workers(work, workers)
         return finish(
-            _finalists(study, work),
+            finalists(study, work),
             work.space,
             work.stores,
             target,
@@ -219,29 +134,12 @@ def search(
             seeds=config.finish_seeds,
             seed=config.seed,
             workers=workers,
-            facts=_facts(study, work),
+            facts=facts(study, work),
         )
 
 
 tune = search
 """The name at the top of the package, where ``ctrlib.search`` is the package of searches."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a line of Optuna, or of every epoch, for every trial: one line of ours says it."""
-
-    def no_epochs(record: logging.LogRecord) -> bool:
-        return record.module != "training"
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    _log.addFilter(no_epochs)
-    try:
-        yield
-    finally:
-        _log.removeFilter(no_epochs)
-        optuna.logging.set_verbosity(before)
 
 
 def _name(space: Space) -> str:
@@ -308,7 +206,7 @@ def _check_latency(config: SearchConfig, store: Store) -> None:
         )
 
 
-def _default(work: _Work) -> RunConfig:
+def _default(work: Work) -> RunConfig:
     """What the noise of seeds and the time of a trial are measured with."""
     if work.portfolio:
         draws = Portfolio().draws(work.space)
@@ -323,7 +221,7 @@ def _used(study: Study, workers: int) -> float:
     return sum(float(t.user_attrs.get("seconds", 0.0)) for t in study.get_trials(deepcopy=False)) / workers
 
 
-def _noise(work: _Work, store: Store) -> float:
+def _noise(work: Work, store: Store) -> float:
     """Standard deviation of the metric over seeds, of one and the same settings on the lowest rung."""
     run, metric = _default(work), work.config.metric
     _log.info("noise of seeds, on %.3g of the rows", work.rungs[0])
@@ -332,247 +230,3 @@ def _noise(work: _Work, store: Store) -> float:
         for i in range(_NOISE_SEEDS)
     ]
     return statistics.stdev(values)
-
-
-def _run_workers(work: _Work, workers: int) -> None:
-    if workers == 1:
-        run_trials(work)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would inherit threads in the middle of things
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    processes = [context.Process(target=_worker, args=(work, threads, os.getpid())) for _ in range(workers)]
-    restarts = 0
-    try:
-        for process in processes:
-            process.start()
-        while processes:
-            for process in list(processes):
-                process.join(timeout=0.2)
-                if process.exitcode is None:
-                    continue
-                processes.remove(process)
-                if process.exitcode != 0 and restarts < _RESTARTS:
-                    restarts += 1
-                    _log.info("a worker ended with status %s; another takes up its trial", process.exitcode)
-                    take_up_lost(work.open())
-                    processes.append(context.Process(target=_worker, args=(work, threads, os.getpid())))
-                    processes[-1].start()
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-        raise
-
-
-def _worker(work: _Work, threads: int, parent: int) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(threads)
-    with _quiet():
-        run_trials(work, parent)
-
-
-def run_trials(work: _Work, parent: int | None = None) -> None:
-    """Trials until the budget is spent, or the process that began this one is gone."""
-    study = work.open()
-    draws = Portfolio().draws(work.space) if work.portfolio else []
-    direction = sign(work.config.metric)
-    while parent is None or os.getppid() == parent:
-        trials = study.get_trials(deepcopy=False)
-        waiting = any(t.state == TrialState.WAITING for t in trials)
-        counted = sum(_counts(t) for t in trials)
-        if work.budget.over(time.time() - work.began, counted, _whole(trials)) and not (
-            waiting and work.budget.seconds is None
-        ):
-            return
-        study.sampler = sampler_for(
-            work.config.method,
-            work.space,
-            seed=work.config.seed,
-            number=len(trials),
-            sign=direction,
-            rungs=len(work.rungs),
-            portfolio=draws,
-        )
-        study.optimize(lambda trial: _objective(trial, work), n_trials=1, catch=(Exception,))
-
-
-def _counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those the budget pays for: not one that was cut off, and is taken up by another."""
-    if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
-        return True
-    return trial.state == TrialState.FAIL and "error" in trial.user_attrs
-
-
-def _whole(trials: Sequence[FrozenTrial]) -> list[float]:
-    """Seconds on all rows, of trials that were there."""
-    return [float(t.user_attrs["whole_seconds"]) for t in trials if "whole_seconds" in t.user_attrs]
-
-
-def _objective(trial: optuna.Trial, work: _Work) -> float:
-    """The metric of one trial, on all rows.
-
-    Raises:
-        optuna.TrialPruned: it did not go on from a rung, is too slow, or out of time.
-        Exception: the settings cannot be trained; the reason is kept with the trial.
-    """
-    trial.set_user_attr("worker", here())
-    started = time.monotonic()
-    try:
-        candidate = candidate_of(work.space(trial))
-        trial.set_user_attr("name", candidate.name)
-        return _climb(trial, candidate, work, started)
-    except OutOfTimeError as error:
-        trial.set_user_attr("stopped", str(error))
-        raise optuna.TrialPruned(str(error)) from error
-    except optuna.TrialPruned as error:
-        trial.set_user_attr("stopped", str(error))
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        trial.set_user_attr("error", reason[:2000])
-        _log.info("trial %d failed: %s", trial.number, reason)
-        raise
-    finally:
-        trial.set_user_attr("seconds", time.monotonic() - started)
-
-
-def _climb(trial: optuna.Trial, candidate: Candidate, work: _Work, started: float) -> float:
-    """Train on one rung after the other."""
-    config, study = work.config, trial.study
-    others = others_of(study, trial.number)
-    known = one_epoch([t.user_attrs["one_epoch"] for t in others if "one_epoch" in t.user_attrs])
-    trial.set_user_attr("single_epoch", known)
-    run = settled(candidate.run, config.metric, known)
-    store = work.stores.of(candidate)
-    model = untrained(store, run.model, run)
-    trial.set_user_attr("parameters", sum(p.numel() for p in model.parameters()))
-    measured = latency_ms(model, store)
-    trial.set_user_attr("latency_ms", measured)
-    if config.latency_ms is not None and measured > config.latency_ms:
-        raise optuna.TrialPruned(f"100 rows take {measured:.3g} ms, more than {config.latency_ms:g} ms")
-    del model
-    longest = work.budget.longest_trial
-    done = {int(rung): value for rung, value in trial.user_attrs.get("rungs", {}).items()}
-    active = active_rungs(len(work.rungs), trial_scores(others, sign(config.metric)))
-    value, checks = math.nan, []
-    for rung in active:
-        if rung in done:
-            value = done[rung]
-        else:
-            outcome = train_on(
-                store,
-                run,
-                work.rungs[rung],
-                metric=config.metric,
-                seed=trial_seed(config.seed, trial.user_attrs.get("continues", trial.number)),
-                deadline=None if longest is None else started + longest,
-            )
-            value = outcome.value
-            if run.fit.epochs > 1:
-                curve = [(epoch, sign(config.metric) * reached) for epoch, reached in outcome.curve]
-                checks.append(best_after_one_epoch(curve, float(study.user_attrs.get("noise", 0.0))))
-                trial.set_user_attr("one_epoch", checks[-1])
-            if rung == active[-1]:
-                trial.set_user_attr("whole_seconds", outcome.seconds)
-                trial.set_user_attr("metrics", outcome.metrics)
-        trial.report(value, rung)
-        _log.info(
-            "trial %d, %s, on %.3g of the rows: %s %.5f", trial.number, candidate.name, work.rungs[rung], config.metric, value
-        )
-        if rung != active[-1]:
-            now = trial_scores(others_of(study, trial.number), sign(config.metric))
-            reached = [scores[rung] for scores in now if rung in scores]
-            if not promotes(sign(config.metric) * value, reached):
-                raise optuna.TrialPruned(f"not among the best third on {work.rungs[rung]:.3g} of the rows")
-    return value
-
-
-def _finalists(study: Study, work: _Work) -> list[Finalist]:
-    """The best trials on all rows that there is time to train again, and those on the front of quality, latency and size.
-
-    Raises:
-        ConfigError: there is none; says why trials failed.
-    """
-    trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-    if not trials:
-        ended = [t.user_attrs.get("error") or t.user_attrs.get("stopped") for t in study.get_trials(deepcopy=False)]
-        reasons = list(dict.fromkeys(str(reason) for reason in ended if reason))
-        latencies = [t.user_attrs["latency_ms"] for t in study.get_trials(deepcopy=False) if "latency_ms" in t.user_attrs]
-        fastest = f" The fastest model took {min(latencies):.3g} ms." if work.config.latency_ms and latencies else ""
-        raise ConfigError(f"no trial succeeded: {'; '.join(reasons[:3]) or 'there was no time for any'}.{fastest}")
-    best: dict[str, FrozenTrial] = {}  # the same settings once
-    for trial in sorted(trials, key=lambda t: -sign(work.config.metric) * float(t.value or 0)):
-        best.setdefault(json_text(trial.params), trial)
-    ranked = [_finalist(t, work, main=True) for t in best.values()]
-    used = time.time() - work.began
-    chosen = ranked[: work.budget.affordable(used, [float(t.user_attrs["whole_seconds"]) for t in best.values()])]
-    front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
-    extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
-    return [*chosen, *extra[: _PARETO_EXTRA if work.config.budget is None else 1]]
-
-
-def _finalist(trial: FrozenTrial, work: _Work, main: bool) -> Finalist:
-    return Finalist(
-        number=trial.number,
-        name=str(trial.user_attrs["name"]),
-        params=dict(trial.params),
-        value=float(trial.value or 0.0),
-        single_epoch=bool(trial.user_attrs["single_epoch"]),
-        latency_ms=float(trial.user_attrs["latency_ms"]),
-        parameters=int(trial.user_attrs["parameters"]),
-        main=main,
-    )
-
-
-def _dominates(a: Finalist, b: Finalist, metric: Metric) -> bool:
-    first, second = ((sign(metric) * f.value, -f.latency_ms, -f.parameters) for f in (a, b))
-    return all(x >= y for x, y in zip(first, second, strict=True)) and first != second
-
-
-def _facts(study: Study, work: _Work) -> dict[str, Any]:
-    """What the report says of the search itself."""
-    trials = study.get_trials(deepcopy=False)
-    scores = trial_scores(others_of(study), sign(work.config.metric))
-    active = active_rungs(len(work.rungs), scores)
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    begin = min((t.datetime_start for t in trials if t.datetime_start is not None), default=None)
-    curve = [
-        {"seconds": (t.datetime_complete - begin).total_seconds(), "trial": t.number, "value": t.value}
-        for t in sorted(complete, key=lambda t: t.number)
-        if t.datetime_complete is not None and begin is not None
-    ]
-    return {
-        "metric": work.config.metric,
-        "method": work.config.method,
-        "study": work.study,
-        "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
-        "rungs": [{"share": share, "used": i in active} for i, share in enumerate(work.rungs)],
-        "noise": study.user_attrs.get("noise"),
-        "one_epoch": one_epoch([t.user_attrs["one_epoch"] for t in trials if "one_epoch" in t.user_attrs]),
-        "importance": _importance(study, complete),
-        "curve": sorted(curve, key=lambda point: float(point["seconds"] or 0)),
-        "failures": [
-            {"trial": t.number, "params": t.params, "reason": t.user_attrs["error"]} for t in trials if "error" in t.user_attrs
-        ],
-        "stopped": [
-            {"trial": t.number, "name": t.user_attrs.get("name"), "reason": t.user_attrs["stopped"]}
-            for t in trials
-            if "stopped" in t.user_attrs
-        ],
-        "lost": sum("continues" in t.user_attrs for t in trials),
-    }
-
-
-def _importance(study: Study, complete: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Of the parameters that all trials on all rows have, by PED-ANOVA (arXiv:2304.10255); empty of fewer than four trials."""
-    if len(complete) < 4:
-        return {}
-    try:
-        with warnings.catch_warnings():  # that some values have few trials
-            warnings.simplefilter("ignore")
-            found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
-    except (ValueError, RuntimeError) as error:  # such as trials of one and the same value
-        _log.info("no importance of parameters: %s", error)
-        return {}
-    return {name: float(share) for name, share in found.items()}
