@@ -81,18 +81,20 @@ def search(
     torch_device(config.device)
     asked = {name: value for name, value in to_json(config).items() if name not in ("budget", "trials")}
     asked |= {"space": "auto" if space is None else _name(space), "data": described(data, options)}
-    study_name = "ctrlib-" + hashlib.sha256(json_text(asked).encode()).hexdigest()[:16]
     if storage is not None:
         open_storage(storage, target)  # before anything is written
     new = _claim(target, asked, resume)
     try:
         store = _store(data, target, options)
+        content = {"encoder": store.encoder.hash, "rows": store.rows}  # the same wherever the files are
+        _same_data(target, content)
         if space is None:
             _check_latency(config, store)
     except BaseException:
         if new:  # there is nothing in it to go on with
             shutil.rmtree(target)
         raise
+    study_name = "ctrlib-" + hashlib.sha256(json_text({**asked, "data": content}).encode()).hexdigest()[:16]
     searched = space or _auto(config, store, _raw(data, options) is not None)
     work = Work(
         config=config,
@@ -116,7 +118,7 @@ def search(
         lost = take_up_lost(study)
         if lost:
             _log.info("%d trials were cut off; they are taken up again", lost)
-        if not study.get_trials(deepcopy=False):
+        if config.budget is not None and not study.get_trials(deepcopy=False):
             first = _default(work)
             budget.check(estimate(store, first, work.rungs[0]), estimate(store, first, 1.0))
         work = replace(work, began=time.time() - _used(study, workers))
@@ -160,6 +162,14 @@ def _claim(target: Path, asked: Mapping[str, Any], resume: bool) -> bool:
     if json.loads(path.read_text(encoding="utf-8")) != json.loads(json_text(asked)):
         raise ConfigError(f"{target} holds a search with other settings or of other data (see {path}); choose another folder")
     return False
+
+
+def _same_data(target: Path, content: Mapping[str, Any]) -> None:
+    path = target / "data.json"
+    if not path.is_file():
+        write_json(path, content)
+    elif json.loads(path.read_text(encoding="utf-8")) != json.loads(json_text(content)):
+        raise ConfigError(f"{target} holds a search on other data (see {path}); choose another folder")
 
 
 def _store(data: object, target: Path, options: DataOptions) -> Store:

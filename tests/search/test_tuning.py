@@ -214,6 +214,16 @@ def test_encodings_are_searched_where_raw_rows_are_at_hand(data: Path, tmp_path:
     assert loaded.schema["price"].encoding == "log"  # type: ignore[union-attr]
 
 
+def test_going_on_with_another_store_is_refused(data: Path, tmp_path: Path) -> None:
+    options = spaces.data_options(data)
+    config = SearchConfig(trials=1, models=("dnn",), finalists=1, finish_seeds=1)
+    first = prepare(str(data / "train.parquet"), tmp_path / "first", options)
+    search(first, tmp_path / "run", config=config, space=spaces.small)
+    other = prepare(str(data / "test.parquet"), tmp_path / "other", options)
+    with pytest.raises(ConfigError, match="holds a search on other data"):
+        search(other, tmp_path / "run", config=config, space=spaces.small, resume=True)
+
+
 def test_a_store_has_no_encodings_to_search(data: Path, tmp_path: Path) -> None:
     store = prepare(str(data / "train.parquet"), tmp_path / "store", spaces.data_options(data))
     config = SearchConfig(trials=2, **spaces.OPTIONS)
