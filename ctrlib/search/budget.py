@@ -11,6 +11,7 @@ from ctrlib.config import ConfigError, positive
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LARGEST_FINISH = 0.4  # of the time: what comparing the best again may take at most
+_LARGEST_NOISE = 0.1  # of the time: what measuring the noise of seeds may take
 _LARGEST_TRIAL = 1 / 6  # of the time: what a single trial may take
 
 
@@ -75,12 +76,12 @@ class Budget:
 
         Args:
             used: seconds so far.
-            finished: trials.
+            finished: trials; the first one is begun however late it is.
             whole: seconds that trials on all rows took.
         """
         if self.trials is not None and finished >= self.trials:
             return True
-        return self.seconds is not None and used >= self.seconds - self.finish(whole)
+        return self.seconds is not None and finished > 0 and used >= self.seconds - self.finish(whole)
 
     def finish(self, whole: Sequence[float]) -> float:
         """Seconds kept for the comparison at the end."""
@@ -100,7 +101,13 @@ class Budget:
             count += 1
         return count
 
+    def longest_trial(self, first: bool) -> float | None:
+        """Seconds after which a trial is given up; a slow one would leave no time for others, unless it is the ``first``."""
+        if self.seconds is None:
+            return None
+        return self.seconds * (1 - _LARGEST_FINISH if first else _LARGEST_TRIAL)
+
     @property
-    def longest_trial(self) -> float | None:
-        """Seconds after which a trial is given up; a slow one would leave no time for others."""
-        return None if self.seconds is None else self.seconds * _LARGEST_TRIAL
+    def noise(self) -> float | None:
+        """Seconds for the noise of seeds."""
+        return None if self.seconds is None else self.seconds * _LARGEST_NOISE

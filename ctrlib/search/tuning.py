@@ -29,7 +29,7 @@ from ctrlib.search.outcome import facts, finalists
 from ctrlib.search.sampling import open_storage, take_up_lost
 from ctrlib.search.select import described
 from ctrlib.search.space import MODELS, AutoSpace, Fixed, Portfolio, Space, candidate_of
-from ctrlib.search.trials import Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
+from ctrlib.search.trials import OutOfTimeError, Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
 from ctrlib.search.worker import SearchConfig, Work, quiet, run_workers, wait_for_others
 
 __all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of", "tune"]
@@ -231,12 +231,16 @@ def _used(study: Study, workers: int) -> float:
     return sum(float(t.user_attrs.get("seconds", 0.0)) for t in study.get_trials(deepcopy=False)) / workers
 
 
-def _noise(work: Work, store: Store) -> float:
-    """Standard deviation of the metric over seeds, of one and the same settings on the lowest rung."""
-    run, metric = _default(work), work.config.metric
+def _noise(work: Work, store: Store) -> float | None:
+    """Standard deviation of the metric over seeds, of one and the same settings on the lowest rung; ``None``: there was no time
+    for two of them."""
+    run, metric, values = _default(work), work.config.metric, list[float]()
     _log.info("noise of seeds, on %.3g of the rows", work.rungs[0])
-    values = [
-        train_on(store, run, work.rungs[0], metric=metric, seed=trial_seed(work.config.seed, 2**31 + i)).value
-        for i in range(_NOISE_SEEDS)
-    ]
-    return statistics.stdev(values)
+    deadline = None if work.budget.noise is None else time.monotonic() + work.budget.noise
+    for i in range(_NOISE_SEEDS):
+        seed = trial_seed(work.config.seed, 2**31 + i)
+        try:
+            values.append(train_on(store, run, work.rungs[0], metric=metric, seed=seed, deadline=deadline).value)
+        except OutOfTimeError:
+            break
+    return statistics.stdev(values) if len(values) > 1 else None

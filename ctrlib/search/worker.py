@@ -266,7 +266,7 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
     if config.latency_ms is not None and measured > config.latency_ms:
         raise optuna.TrialPruned(f"100 rows take {measured:.3g} ms, more than {config.latency_ms:g} ms")
     del model
-    longest = work.budget.longest_trial
+    longest = work.budget.longest_trial(not any(t.state == TrialState.COMPLETE for t in others))
     done = {int(rung): value for rung, value in trial.user_attrs.get("rungs", {}).items()}
     active = active_rungs(len(work.rungs), trial_scores(others, sign(config.metric)))
     value, checks = math.nan, []
@@ -283,9 +283,10 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
                 deadline=None if longest is None else started + longest,
             )
             value = outcome.value
-            if run.fit.epochs > 1:
+            noise = study.user_attrs.get("noise")
+            if run.fit.epochs > 1 and noise is not None:
                 curve = [(epoch, sign(config.metric) * reached) for epoch, reached in outcome.curve]
-                checks.append(best_after_one_epoch(curve, float(study.user_attrs.get("noise", 0.0))))
+                checks.append(best_after_one_epoch(curve, float(noise)))
                 trial.set_user_attr("one_epoch", checks[-1])
             if rung == active[-1]:
                 trial.set_user_attr("whole_seconds", outcome.seconds)
