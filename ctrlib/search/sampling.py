@@ -7,7 +7,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +171,18 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
             "such as postgresql://user@host/database or sqlite:///file.db, a server that runs, and its driver "
             "(pip install 'ctrlib[distributed]')"
         ) from error
+
+
+@contextmanager
+def opened_storage(url: str | None, journal: Path) -> Iterator[BaseStorage]:
+    """:func:`open_storage`, whose connections are given back at the end."""
+    storage = open_storage(url, journal)
+    try:
+        yield storage
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def _connected(url: str) -> RDBStorage:

@@ -26,7 +26,7 @@ from ctrlib.search.budget import seconds_of
 from ctrlib.search.fidelity import fractions
 from ctrlib.search.finish import finish
 from ctrlib.search.outcome import facts, finalists
-from ctrlib.search.sampling import open_storage, take_up_lost
+from ctrlib.search.sampling import opened_storage, take_up_lost
 from ctrlib.search.select import described
 from ctrlib.search.space import MODELS, AutoSpace, Fixed, Portfolio, Space, candidate_of
 from ctrlib.search.trials import OutOfTimeError, Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
@@ -82,7 +82,8 @@ def search(
     asked = {name: value for name, value in to_json(config).items() if name not in ("budget", "trials")}
     asked |= {"space": "auto" if space is None else _name(space), "data": described(data, options)}
     if storage is not None:
-        open_storage(storage, target)  # before anything is written
+        with opened_storage(storage, target):  # before anything is written
+            pass
     new = _claim(target, asked, resume)
     try:
         store = _store(data, target, options)
@@ -108,10 +109,10 @@ def search(
         study=study_name,
         began=time.time(),
     )
-    with quiet():
+    with quiet(), opened_storage(storage, work.journal) as held:
         study = optuna.create_study(
             study_name=study_name,
-            storage=open_storage(storage, work.journal),
+            storage=held,
             direction="minimize" if config.metric == "log_loss" else "maximize",
             load_if_exists=True,
         )

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ctrlib.config import ConfigError, check_choice, positive
 from ctrlib.search.budget import Budget
 from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, one_epoch, promotes
-from ctrlib.search.sampling import GRACE, Method, here, open_storage, others_of, sampler_for, take_up_lost, trial_scores
+from ctrlib.search.sampling import GRACE, Method, here, opened_storage, others_of, sampler_for, take_up_lost, trial_scores
 from ctrlib.search.space import MODELS, AutoSpace, Candidate, Portfolio, Space, candidate_of
 from ctrlib.search.trials import (
     Metric,
@@ -106,8 +106,11 @@ class Work:
     study: str
     began: float  # of time.time(), less what earlier calls have used
 
-    def open(self) -> Study:
-        return optuna.load_study(study_name=self.study, storage=open_storage(self.storage, self.journal))
+    @contextmanager
+    def open(self) -> Iterator[Study]:
+        """The study, as this process sees it."""
+        with opened_storage(self.storage, self.journal) as storage:
+            yield optuna.load_study(study_name=self.study, storage=storage)
 
 
 @contextmanager
@@ -147,7 +150,8 @@ def run_workers(work: Work, workers: int) -> None:
                 if process.exitcode != 0 and restarts < _RESTARTS:
                     restarts += 1
                     _log.info("a worker ended with status %s; another takes up its trial", process.exitcode)
-                    take_up_lost(work.open())
+                    with work.open() as study:
+                        take_up_lost(study)
                     processes.append(context.Process(target=_worker, args=(work, threads, os.getpid())))
                     processes[-1].start()
     except BaseException:
@@ -188,7 +192,11 @@ def _worker(work: Work, threads: int, parent: int) -> None:
 
 def run_trials(work: Work, parent: int | None = None) -> None:
     """Trials until the budget is spent, or the process that began this one is gone."""
-    study = work.open()
+    with work.open() as study:
+        _run_trials(study, work, parent)
+
+
+def _run_trials(study: Study, work: Work, parent: int | None) -> None:
     draws = Portfolio().draws(work.space) if work.portfolio else []
     direction = sign(work.config.metric)
     while parent is None or os.getppid() == parent:

@@ -15,7 +15,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("psycopg")
 
-from ctrlib.search.sampling import open_storage  # noqa: E402
+from ctrlib.search.sampling import opened_storage  # noqa: E402
 from tests.clicks import write  # noqa: E402
 from tests.search.test_tuning import _started  # noqa: E402
 
@@ -56,9 +56,9 @@ def test_two_searches_share_a_study(server: str, tmp_path: Path) -> None:
         _started(data, tmp_path / "run-1", 4, 1, logs[1], server) as second,
     ):
         assert [p.wait(timeout=500) for p in (first, second)] == [0, 0], "".join(log.read_text() for log in logs)
-    storage = open_storage(server, tmp_path)
-    [summary] = optuna.get_all_study_summaries(storage)  # one study of both
-    trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
+    with opened_storage(server, tmp_path) as storage:
+        [summary] = optuna.get_all_study_summaries(storage)  # one study of both
+        trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
     assert 4 <= len(trials) <= 5
     assert len({t.user_attrs["worker"] for t in trials}) == 2
     assert not any("error" in t.user_attrs for t in trials)
