@@ -107,6 +107,25 @@ def _hiformer(data: dict[str, Any]) -> str:
     )
 
 
+def _search_replay(data: dict[str, Any]) -> str:
+    shown = list(data["won"]["hedged"])
+    rows = [
+        [name, *(f"{regret[t]['mean'] * 1e4:.1f} / {regret[t]['median'] * 1e4:.1f}" for t in shown)]
+        + [f"{data['won'][name][t]:.0%}" for t in shown]
+        for name, regret in data["regret"].items()
+    ]
+    gates = "".join(
+        f"* {g['name']}: {g['value']:.3g}, to be {g['limit']}{'' if g['holds'] else ': FAILS'}\n" for g in data["gates"]
+    )
+    return (
+        f"Strategies of `ctrlib search` on a public log of tuning runs: {data['grids']} grids, {data['seeds']} seeds (TPE: "
+        f"{data['tpe_seeds']}; random: exact). Mean / median over the grids of the regret in validation AUC, in 1e-4, and the "
+        "share of grids won over random, by number of evaluations:\n\n"
+        + _table(["", *shown, *(f"won, {t}" for t in shown)], rows)
+        + f"\n{gates}"
+    )
+
+
 def _blocks(data: dict[str, Any]) -> str:
     rows = [
         [r["case"], r["model"], r["peer"]]
@@ -138,6 +157,8 @@ SECTIONS = {
     "prepare": _prepare,
 }
 SECTIONS["hiformer"] = _hiformer
+SECTIONS["search_replay"] = _search_replay
+COMMANDS = {"search_replay": "search --replay"}  # of those whose file has another name
 
 
 def main() -> None:
@@ -147,7 +168,8 @@ def main() -> None:
         data = _read(name)
         machine = data["machine"]
         where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-        text += f"\n## `python -m benchmarks.{name}`\n\n{where}; load average at the end {machine['load_average']:.1f}.\n\n"
+        command = COMMANDS.get(name, name)
+        text += f"\n## `python -m benchmarks.{command}`\n\n{where}; load average at the end {machine['load_average']:.1f}.\n\n"
         text += section(data)
     Path(RESULTS.parent / "README.md").write_text(text, encoding="utf-8")
 

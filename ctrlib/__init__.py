@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from ctrlib.nodes import configure_nodes, train_nodes
     from ctrlib.ranking import Ranker
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
+    from ctrlib.search.screen import screen
     from ctrlib.search.selection import Selection, apply_to_store, compact
+    from ctrlib.search.tuning import SearchConfig, tune
     from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 
 _MODULES = {
@@ -69,7 +71,9 @@ _MODULES = {
     "nodes": ("configure_nodes", "train_nodes"),
     "ranking": ("Ranker",),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
+    "search.screen": ("screen",),
     "search.selection": ("Selection", "apply_to_store", "compact"),
+    "search.tuning": ("SearchConfig", "tune"),
     "training": ("FitConfig", "evaluate", "fit", "seed_everything"),
 }
 
@@ -94,6 +98,7 @@ __all__ = [
     "Ranker",
     "RunConfig",
     "Schema",
+    "SearchConfig",
     "Selection",
     "SequenceField",
     "SparseField",
@@ -116,9 +121,11 @@ __all__ = [
     "preset",
     "run_experiment",
     "save",
+    "screen",
     "seed_everything",
     "train",
     "train_nodes",
+    "tune",
     "tune_cpu",
     "verify_run",
 ]

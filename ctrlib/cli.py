@@ -14,11 +14,12 @@ from ctrlib.config import ConfigError
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.graph import GraphOptions
 from ctrlib.data.split import SplitBy
-from ctrlib.files import json_text
+from ctrlib.files import json_text, write_json
 from ctrlib.models.catgcn import NODE_FLAVOURS, NODE_MODELS
 from ctrlib.models.presets import PRESETS
 from ctrlib.ranking import TOLERANCE
 from ctrlib.schema import DataError
+from ctrlib.search import screen as screening
 from ctrlib.search import select as selecting
 from ctrlib.search.select import METHODS
 
@@ -315,6 +316,92 @@ def select(
     )
     print(selecting.table(report), end="")
     print(f"\nsaved to {out} (selection/, before/, after/, report.json, report.md{', curve.png' if curve else ''})")
+
+
+@app.command()
+def screen(
+    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    order: Annotated[int, typer.Option(help="2 or 3 also looks at combinations of so many fields.")] = 1,
+    redundancy: Annotated[bool, typer.Option("--redundancy", help="Also order the fields by 3MR.")] = False,
+    subsampling: Annotated[int, typer.Option(help="Read every n-th training row.")] = 1,
+    dim: Annotated[int, typer.Option(help="Width of vectors, for the memory of tables.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Rank fields before any model; flag leaks, constants, copies and drift; predict the memory of tables."""
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    config = screening.ScreenConfig(order=order, redundancy=redundancy, subsampling=subsampling, dim=dim)
+    report = screening.screen(data, options, config=config, seed=seed)
+    print(screening.table(report), end="")
+    if out is not None:
+        write_json(out, report)
+
+
+@app.command()
+def search(
+    data: Annotated[str, typer.Argument(help="Raw rows (.parquet, .csv, .tsv, folder, glob) or a prepared store.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; with --resume, of the search to go on with.")],
+    budget: Annotated[str | None, typer.Option(help="Time for all of it, e.g. 90s, 30m, 2h.")] = None,
+    trials: Annotated[int | None, typer.Option(help="At most so many trials.")] = None,
+    models: Annotated[str | None, typer.Option(help="Names from `ctrlib models`, and blocks; separated by commas.")] = None,
+    metric: Annotated[str, typer.Option(help="log_loss or auc, of the validation rows.")] = "log_loss",
+    method: Annotated[str, typer.Option(help="hedged, tpe or random.")] = "hedged",
+    latency_ms: Annotated[float | None, typer.Option(help="Leave out models that take longer for 100 rows.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="postgresql://… or sqlite:///…, shared by machines; default: a file in --out.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search at --out.")] = False,
+    finalists: Annotated[int, typer.Option(help="Best settings that are trained again and compared.")] = 5,
+    finish_seeds: Annotated[int, typer.Option(help="With so many seeds each.")] = 3,
+    label: Label = None,
+    schema: SchemaFile = None,
+    valid: Valid = None,
+    test: Test = None,
+    split: Split = "auto",
+    shares: Shares = "0.8,0.1,0.1",
+    group: Group = None,
+    time: Time = None,
+    weight: Weight = None,
+    seed: Seed = 0,
+) -> None:
+    """Find the model and its settings that do best within a budget, and train it."""
+    tuning = _tuning()
+    config = tuning.SearchConfig(
+        metric=metric,
+        method=method,
+        models=tuning.MODELS if models is None else tuple(name.strip() for name in models.split(",") if name.strip()),
+        budget=None if budget is None else tuning.seconds_of(budget),
+        trials=trials,
+        latency_ms=latency_ms,
+        finalists=finalists,
+        finish_seeds=finish_seeds,
+        seed=seed,
+    )
+    options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed)
+    report = tuning.search(data, out, options, config=config, storage=storage, workers=workers, resume=resume)
+    best, found = report["leaderboard"][0], report["test"]
+    print((out / "report.md").read_text(encoding="utf-8"))
+    print(f"best: {best['name']}, test AUC {found['auc']['mean']:.5f}, log loss {found['log_loss']['mean']:.5f}")
+    print(f"saved to {out} (best/, finish/, report.html, report.json, report.md, curve.png)")
+
+
+def _tuning() -> Any:
+    """The module that needs optuna."""
+    try:
+        from ctrlib.search import tuning
+    except ImportError as error:
+        raise ConfigError(f"the search needs optuna ({error}); pip install 'ctrlib[search]'") from error
+    return tuning
 
 
 def _top(text: str) -> int | float:

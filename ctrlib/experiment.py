@@ -290,6 +290,7 @@ def train(
     name: str = "model",
     seed: int = 0,
     start: Mapping[str, torch.Tensor] | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train, evaluate and save one model.
 
@@ -301,6 +302,7 @@ def train(
         name: of the model, for the report.
         seed: of initial weights, dropout and the order of rows.
         start: a ``state_dict`` of the model, from which training starts instead of random weights.
+        test: whether to evaluate on the test rows; a search that compares many runs must not.
 
     Returns:
         What ``metrics.json`` holds.
@@ -321,7 +323,7 @@ def train(
             )
     device = torch_device(config.device)
     with new_folder(out) as part:
-        return _train(data, config, part, options, name, seed, device, start)
+        return _train(data, config, part, options, name, seed, device, start, ("valid", "test") if test else ("valid",))
 
 
 def _train(
@@ -333,6 +335,7 @@ def _train(
     seed: int,
     device: torch.device,
     start: Mapping[str, torch.Tensor] | None,
+    evaluated: Sequence[str],
 ) -> dict[str, Any]:
     started = time.perf_counter()
     encoder, row_counts, loader = _stream(data, options) if options.stream else _stored(data, part / "store", options)
@@ -358,7 +361,7 @@ def _train(
     pin = device.type == "cuda"
     loaders = {
         split: loader(split, max(config.batch_size, 8192), shuffle=False, seed=0, config=config, pin=pin)
-        for split in ("valid", "test")
+        for split in evaluated
         if split in row_counts
     }
     if options.stream:  # a value that cannot be encoded should not come out only after an epoch, or after training

@@ -87,10 +87,11 @@ def _clear(part: Path) -> None:
 def _writer(part: Path) -> int | None:
     """The process that writes the folder, while it lives."""
     text = (part / WRITER).read_text()
-    return int(text) if text.isdecimal() and _alive(int(text)) else None
+    return int(text) if text.isdecimal() and process_alive(int(text)) else None
 
 
-def _alive(process: int) -> bool:
+def process_alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

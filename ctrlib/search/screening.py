@@ -136,12 +136,12 @@ def relevance(
     if x.ndim != 1 or x.shape != y.shape or not len(x):
         raise DataError(f"the field is of shape {x.shape} and the label of shape {y.shape}; expected [rows] for both")
     check_choice("noise", noise, get_args(Noise))
-    x_N, y_N = _dense_codes(x), _dense_codes(y)
+    x_N, y_N = dense_codes(x), dense_codes(y)
     # NOTE[DIFF] the released code takes columns of equal sums for the same column; here, equal ones
     if np.array_equal(x_N, y_N):
         noise = "none"
-    twins_RN = _permuted(y_N, permutations, np.random.default_rng(0) if rng is None else rng) if noise == "permute" else None
-    return _relevance(x_N, y_N, np.arange(len(y_N)), noise, twins_RN)
+    twins_RN = permuted(y_N, permutations, np.random.default_rng(0) if rng is None else rng) if noise == "permute" else None
+    return coded_relevance(x_N, y_N, np.arange(len(y_N)), noise, twins_RN)
 
 
 def rank_3mr(
@@ -207,7 +207,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     layout, split = store.encoder.layout, store.split("train")
     column = label_column(layout, config.label)
     rng = np.random.default_rng(seed)
-    tally = _Tally(layout.names, config)
+    tally = Tally(layout.names, config)
     some = None if config.subsampling == 1 else torch.arange(0, split.num_rows, config.subsampling)
     blocks = Loader(split, config.block_rows, rows=some)
     used = 0
@@ -216,7 +216,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
             if used and len(batch) <= min(_PARTIAL_ROWS, config.block_rows - 1):
                 break
             assert batch.labels is not None
-            tally.add(layout, batch, _dense_codes(batch.labels[:, column].numpy()), rng)
+            tally.add(layout, batch, dense_codes(batch.labels[:, column].numpy()), rng)
             used += len(batch)
             tracker.advance(1)
 
@@ -233,9 +233,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     }
     order = sorted(layout.names, key=lambda name: -scores[name])
     if config.redundancy:
-        redundancy_FF, relation_FF = tally.pairs()
-        relevance_F = np.array([scores[name] for name in layout.names])
-        order = [layout.names[f] for f in rank_3mr(relevance_F, redundancy_FF, relation_FF)]
+        order = tally.order_3mr()
         best = sorted(tally.relation_of_pairs(), key=lambda pair: -pair[1])[:_PAIRS_REPORTED]
         report |= {"order": order, "relation": dict(best)}
     if config.top is None:
@@ -269,7 +267,7 @@ def label_column(layout: BatchLayout, label: str | None) -> int:
     return layout.labels.index(label)
 
 
-class _Tally:
+class Tally:
     """The scores of fields, noise controls and pairs of fields, block by block."""
 
     def __init__(self, names: Sequence[str], config: OutRankConfig) -> None:
@@ -285,16 +283,16 @@ class _Tally:
     def add(self, layout: BatchLayout, batch: Batch, y_N: Ints, rng: np.random.Generator) -> None:
         """Score one block."""
         noise, rows = self._config.noise, np.arange(len(y_N))
-        twins_RN = _permuted(y_N, self._config.permutations, rng) if noise == "permute" else None
+        twins_RN = permuted(y_N, self._config.permutations, rng) if noise == "permute" else None
         plain: dict[str, Ints] = {}
-        for name, codes, row in _columns(layout, batch, self._config.num_bins):
-            x = _dense_codes(codes)
-            self._found[name].append(_relevance(x, y_N, rows if row is None else row, noise, twins_RN))
+        for name, codes, row in columns(layout, batch, self._config.num_bins):
+            x = dense_codes(codes)
+            self._found[name].append(coded_relevance(x, y_N, rows if row is None else row, noise, twins_RN))
             if row is None:
                 plain[name] = x
         random = [rng.integers(0, size, len(y_N)) for size in _CONTROLS]
         for scores, codes in zip(self._noise.values(), [*random, rows], strict=True):
-            scores.append(_relevance(_dense_codes(codes), y_N, rows, noise, twins_RN).score)
+            scores.append(coded_relevance(dense_codes(codes), y_N, rows, noise, twins_RN).score)
         self.blocks += 1
 
         least = np.argsort(self._times_P, kind="stable")[: self._config.max_pairs]
@@ -304,10 +302,10 @@ class _Tally:
             a, b = plain.get(self._names[i]), plain.get(self._names[j])
             if a is None or b is None:  # a sequence has several values in a row: there is no pair of two values
                 continue
-            both = _dense_codes(a * (int(b.max()) + 1) + b)
-            b_twins_RN = _permuted(b, self._config.permutations, rng) if noise == "permute" else None
-            self._redundancy.setdefault((i, j), []).append(_relevance(a, b, rows, noise, b_twins_RN).score)
-            self._relation.setdefault((i, j), []).append(_relevance(both, y_N, rows, noise, twins_RN).score)
+            both = dense_codes(a * (int(b.max()) + 1) + b)
+            b_twins_RN = permuted(b, self._config.permutations, rng) if noise == "permute" else None
+            self._redundancy.setdefault((i, j), []).append(coded_relevance(a, b, rows, noise, b_twins_RN).score)
+            self._relation.setdefault((i, j), []).append(coded_relevance(both, y_N, rows, noise, twins_RN).score)
 
     def medians(self, what: Literal["score", "plain", "z"]) -> dict[str, float]:
         """By field, over the blocks."""
@@ -327,13 +325,20 @@ class _Tally:
                 matrix[i, j] = matrix[j, i] = np.median(values)
         return full[0], full[1]
 
+    def order_3mr(self) -> list[str]:
+        """The fields by :func:`rank_3mr`, best first."""
+        redundancy_FF, relation_FF = self.pairs()
+        scores = self.medians("score")
+        relevance_F = np.array([scores[name] for name in self._names])
+        return [self._names[f] for f in rank_3mr(relevance_F, redundancy_FF, relation_FF)]
+
     def relation_of_pairs(self) -> Iterator[tuple[str, float]]:
         """``"user*item"`` and what the two together tell of the label."""
         for (i, j), values in self._relation.items():
             yield f"{self._names[i]}*{self._names[j]}", float(np.median(values))
 
 
-def _columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[str, npt.NDArray[Any], Ints | None]]:
+def columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[str, npt.NDArray[Any], Ints | None]]:
     """Name, codes, and for a sequence the row of each code, of every field."""
     for i, sparse in enumerate(layout.sparse):
         yield sparse.name, batch.sparse[:, i].numpy(), None
@@ -357,17 +362,17 @@ def _quantile_bins(x_N: npt.NDArray[np.float32], num_bins: int) -> Ints:
     return np.where(gone_N, len(edges) + 1, np.searchsorted(edges, x_N, side="right"))
 
 
-def _dense_codes(values: npt.NDArray[Any]) -> Ints:
+def dense_codes(values: npt.NDArray[Any]) -> Ints:
     """Codes from 0 without gaps, equal where the values are."""
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
-def _permuted(y_N: Ints, count: int, rng: np.random.Generator) -> Ints:
+def permuted(y_N: Ints, count: int, rng: np.random.Generator) -> Ints:
     """[count, N]"""
     return rng.permuted(np.broadcast_to(y_N, (count, len(y_N))), axis=1)
 
 
-def _relevance(x_M: Ints, y_N: Ints, row_M: Ints, noise: Noise, twins_RN: Ints | None) -> Relevance:
+def coded_relevance(x_M: Ints, y_N: Ints, row_M: Ints, noise: Noise, twins_RN: Ints | None) -> Relevance:
     """:func:`relevance` of codes without gaps; observation m has the value x_m and the label of row m."""
     y_M = y_N[row_M]
     classes = int(y_N.max()) + 1

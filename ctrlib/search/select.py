@@ -184,7 +184,7 @@ def select(
     torch_device(config.device)
     if METHODS[method].trains:
         _check_vectors(method, config)
-    figure = _figure() if curve else None
+    figure = figure_class() if curve else None
     target = Path(out)
     asked = {
         "method": method,
@@ -193,7 +193,7 @@ def select(
         "run": to_json(config),
         "search_batch_size": search_batch_size,
     }
-    new = _claim(target, {**asked, "data": _described(data, options)})
+    new = _claim(target, {**asked, "data": described(data, options)})
     with _unless_finished(target, new, first_seed):
         store = _three_splits(data, target, options)
         settled = config.for_rows(store.rows["train"])
@@ -438,7 +438,7 @@ def _claim(target: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _described(data: object, options: DataOptions) -> dict[str, Any] | None:
+def described(data: object, options: DataOptions) -> dict[str, Any] | None:
     """Which raw rows are encoded, and how; ``None`` of a store, which says so itself."""
     if isinstance(data, Store) or (isinstance(data, str | Path) and Store.is_store(data)):
         return None
@@ -622,7 +622,7 @@ def _point(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": label, "parameters": run["parameters"], "valid_auc": _metric(run, "valid", "auc")}
 
 
-def _figure() -> Any:
+def figure_class() -> Any:
     """The class of figures of matplotlib: without ``pyplot``, whose state is the caller's."""
     try:
         import matplotlib.figure
@@ -631,8 +631,8 @@ def _figure() -> Any:
     return matplotlib.figure.Figure
 
 
-def _draw(figure_class: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    figure = figure_class(figsize=(7, 4.5))
+def _draw(class_of_figures: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    figure = class_of_figures(figsize=(7, 4.5))
     axes = figure.subplots()
     for point in points:
         if point["valid_auc"] is None or math.isnan(point["valid_auc"]):  # of rows of one label

@@ -185,13 +185,13 @@ def test_a_cap_on_pairs_covers_all_of_them_in_turn(tmp_path: Path, monkeypatch: 
     columns = {f"f{i}": rng.integers(0, 3, 3000) for i in range(5)}
     data = make(tmp_path, {"train": {"label": rng.integers(0, 2, 3000), **columns}})
     seen: Counter[tuple[int, int]] = Counter()
-    pairs = screening._Tally.pairs
+    pairs = screening.Tally.pairs
 
-    def spy(self: screening._Tally) -> Any:
+    def spy(self: screening.Tally) -> Any:
         seen.update({pair: len(values) for pair, values in self._relation.items()})
         return pairs(self)
 
-    monkeypatch.setattr(screening._Tally, "pairs", spy)
+    monkeypatch.setattr(screening.Tally, "pairs", spy)
     config = OutRankConfig(top=5, redundancy=True, max_pairs=4, block_rows=1000)  # 10 pairs, 4 in each of 3 blocks
     search_outrank(data, config, seed=0)
     assert sorted(seen.values()) == [1] * 8 + [2] * 2

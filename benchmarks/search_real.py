@@ -1,0 +1,142 @@
+"""Searches that train: hedged against random, the same seconds and the same space, on three data sets.
+
+Every search is a folder under ``runs/search``; what is finished is not run again, and what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import print_table, write_result
+from ctrlib.data.store import Store
+from ctrlib.data.synthetic import write_splits
+from ctrlib.experiment import DataOptions, prepare
+from ctrlib.schema import Schema
+from ctrlib.search.sampling import Method
+from ctrlib.search.tuning import SearchConfig, search
+from experiments.criteo.samples import sources
+from experiments.frappe import common as frappe
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "search"
+METHODS: tuple[Method, ...] = ("random", "hedged")
+PUBLISHED = ROOT / "experiments" / "frappe" / "results" / "final_mlp.json"
+_WINS, _TIME = 4 / 5, 0.5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long each search takes, with how many seeds."""
+
+    seconds: float = 1200.0
+    seeds: int = 5
+    rows: int = 100_000
+    frappe_seconds: float = 1800.0
+
+
+def _frappe_store(folder: Path, _: Setting) -> Store:
+    data = frappe.data()
+    options = DataOptions(schema=data / "schema.json", valid=str(data / "valid.parquet"), test=str(data / "test.parquet"))
+    return prepare(str(data / "train.parquet"), folder, options)
+
+
+def _criteo_store(folder: Path, _: Setting) -> Store:
+    raw, options = sources(folder.parent / "raw")["criteo-kaggle"]
+    return prepare(str(raw), folder, options)
+
+
+def _synthetic_store(folder: Path, setting: Setting) -> Store:
+    data = folder.parent / "synthetic"
+    write_splits(data, setting.rows)
+    train = str(data / "train.parquet")
+    options = DataOptions(
+        schema=Schema.infer(train, "label"), valid=str(data / "valid.parquet"), test=str(data / "test.parquet")
+    )
+    return prepare(train, folder, options)
+
+
+DATA: Mapping[str, Callable[[Path, Setting], Store]] = {
+    "frappe": _frappe_store,
+    "criteo": _criteo_store,
+    "synthetic": _synthetic_store,
+}
+
+
+def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path = RUNS) -> bool:
+    """Run what is not run yet, print and write the comparison; whether every gate holds."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results: dict[str, Any] = {}
+    for name in names:
+        path = folder / name / "store"
+        store = Store.open(path) if Store.is_store(path) else DATA[name](path, setting)
+        runs = {m: [_one(store, folder / name / m / f"seed-{s}", setting, m, s) for s in range(setting.seeds)] for m in METHODS}
+        results[name] = compare(runs["hedged"], runs["random"])
+    rows = [
+        [
+            name,
+            r["hedged"]["mean"],
+            r["random"]["mean"],
+            f"{r['wins']} of {setting.seeds}",
+            r["time_share"] or "never",
+            r["holds"],
+        ]
+        for name, r in results.items()
+    ]
+    print_table(["data", "hedged, test log loss", "random", "won", "share of the time to random's median", "holds"], rows)
+    result: dict[str, Any] = {"seconds": setting.seconds, "seeds": setting.seeds, "rows": setting.rows, "data": results}
+    if "frappe" in names:
+        result["published"] = against_published(folder / "frappe", setting)
+        print(result["published"])
+    print(f"written to {write_result('search_real', result)}")
+    return all(r["holds"] for r in results.values()) and result.get("published", {"holds": True})["holds"]
+
+
+def _one(store: Store, out: Path, setting: Setting, method: Method, seed: int) -> dict[str, Any]:
+    if not (out / "report.json").is_file():
+        config = SearchConfig(method=method, budget=setting.seconds, seed=seed)
+        search(store, out, config=config, resume=out.exists())
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def compare(hedged: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Reports of both methods, seed by seed: final test log loss, and how soon the median of random's end is reached."""
+    losses = {
+        name: [float(r["test"]["log_loss"]["mean"]) for r in runs] for name, runs in (("hedged", hedged), ("random", chance))
+    }
+    wins = sum(a < b for a, b in zip(losses["hedged"], losses["random"], strict=True))
+    goal = statistics.median(min(p["value"] for p in r["curve"]) for r in chance)
+    ends = [max(p["seconds"] for p in r["curve"]) for r in chance]
+    reached = [next((p["seconds"] for p in r["curve"] if p["value"] <= goal), None) for r in hedged]
+    known = sorted(float("inf") if t is None else t for t in reached)
+    share = known[len(known) // 2] / statistics.median(ends)
+    better = statistics.fmean(losses["hedged"]) <= statistics.fmean(losses["random"])
+    return {
+        **{name: {"mean": statistics.fmean(v), "by_seed": v} for name, v in losses.items()},
+        "trials": {"hedged": [r["trials"] for r in hedged], "random": [r["trials"] for r in chance]},
+        "wins": wins,
+        "time_share": share if share < float("inf") else None,
+        "holds": better and wins >= _WINS * len(hedged) and share <= _TIME,
+    }
+
+
+def against_published(folder: Path, setting: Setting) -> dict[str, Any]:
+    """A search by AUC on Frappe, two workers, beside the published FinalMLP settings, both on the validation rows."""
+    out = folder / "published"
+    if not (out / "report.json").is_file():
+        config = SearchConfig(metric="auc", budget=setting.frappe_seconds)
+        search(Store.open(folder / "store"), out, config=config, workers=2, resume=out.exists())
+    best = json.loads((out / "report.json").read_text(encoding="utf-8"))["leaderboard"][0]
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["valid"]["auc"]
+    return {
+        "search": best["auc"],
+        "model": best["name"],
+        "final_mlp": published,
+        "holds": best["auc"]["mean"] >= published["mean"],
+    }

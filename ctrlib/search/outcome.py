@@ -1,0 +1,115 @@
+"""What a finished search found: who is trained again, and what the report says of the search itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ctrlib.config import ConfigError
+from ctrlib.files import json_text
+from ctrlib.search.fidelity import active_rungs, one_epoch
+from ctrlib.search.finish import Finalist
+from ctrlib.search.sampling import others_of, trial_scores
+from ctrlib.search.trials import Metric, sign
+from ctrlib.search.worker import Work
+
+_log = logging.getLogger("ctrlib")
+_PARETO_EXTRA = 3
+
+
+def finalists(study: Study, work: Work) -> list[Finalist]:
+    """The best trials on all rows that there is time to train again, and those on the front of quality, latency and size.
+
+    Raises:
+        ConfigError: there is none; says why trials failed.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+    if not trials:
+        ended = [t.user_attrs.get("error") or t.user_attrs.get("stopped") for t in study.get_trials(deepcopy=False)]
+        reasons = list(dict.fromkeys(str(reason) for reason in ended if reason))
+        latencies = [t.user_attrs["latency_ms"] for t in study.get_trials(deepcopy=False) if "latency_ms" in t.user_attrs]
+        fastest = f" The fastest model took {min(latencies):.3g} ms." if work.config.latency_ms and latencies else ""
+        raise ConfigError(f"no trial succeeded: {'; '.join(reasons[:3]) or 'there was no time for any'}.{fastest}")
+    best: dict[str, FrozenTrial] = {}  # the same settings once
+    for trial in sorted(trials, key=lambda t: -sign(work.config.metric) * float(t.value or 0)):
+        best.setdefault(json_text(trial.params), trial)
+    ranked = [_finalist(t, work, main=True) for t in best.values()]
+    used = time.time() - work.began
+    chosen = ranked[: work.budget.affordable(used, [float(t.user_attrs["whole_seconds"]) for t in best.values()])]
+    front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
+    extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
+    return [*chosen, *extra[: _PARETO_EXTRA if work.config.budget is None else 1]]
+
+
+def _finalist(trial: FrozenTrial, work: Work, main: bool) -> Finalist:
+    return Finalist(
+        number=trial.number,
+        name=str(trial.user_attrs["name"]),
+        params=dict(trial.params),
+        value=float(trial.value or 0.0),
+        single_epoch=bool(trial.user_attrs["single_epoch"]),
+        latency_ms=float(trial.user_attrs["latency_ms"]),
+        parameters=int(trial.user_attrs["parameters"]),
+        main=main,
+    )
+
+
+def _dominates(a: Finalist, b: Finalist, metric: Metric) -> bool:
+    first, second = ((sign(metric) * f.value, -f.latency_ms, -f.parameters) for f in (a, b))
+    return all(x >= y for x, y in zip(first, second, strict=True)) and first != second
+
+
+def facts(study: Study, work: Work) -> dict[str, Any]:
+    """What the report says of the search itself."""
+    trials = study.get_trials(deepcopy=False)
+    scores = trial_scores(others_of(study), sign(work.config.metric))
+    active = active_rungs(len(work.rungs), scores)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    begin = min((t.datetime_start for t in trials if t.datetime_start is not None), default=None)
+    curve = [
+        {"seconds": (t.datetime_complete - begin).total_seconds(), "trial": t.number, "value": t.value}
+        for t in sorted(complete, key=lambda t: t.number)
+        if t.datetime_complete is not None and begin is not None
+    ]
+    return {
+        "metric": work.config.metric,
+        "method": work.config.method,
+        "study": work.study,
+        "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
+        "rungs": [{"share": share, "used": i in active} for i, share in enumerate(work.rungs)],
+        "noise": study.user_attrs.get("noise"),
+        "one_epoch": one_epoch([t.user_attrs["one_epoch"] for t in trials if "one_epoch" in t.user_attrs]),
+        "importance": _importance(study, complete),
+        "curve": sorted(curve, key=lambda point: float(point["seconds"] or 0)),
+        "failures": [
+            {"trial": t.number, "params": t.params, "reason": t.user_attrs["error"]} for t in trials if "error" in t.user_attrs
+        ],
+        "stopped": [
+            {"trial": t.number, "name": t.user_attrs.get("name"), "reason": t.user_attrs["stopped"]}
+            for t in trials
+            if "stopped" in t.user_attrs
+        ],
+        "lost": sum("continues" in t.user_attrs for t in trials),
+    }
+
+
+def _importance(study: Study, complete: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Of the parameters that all trials on all rows have, by PED-ANOVA (arXiv:2304.10255); empty of fewer than four trials."""
+    if len(complete) < 4:
+        return {}
+    try:
+        with warnings.catch_warnings():  # that some values have few trials
+            warnings.simplefilter("ignore")
+            found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    except (ValueError, RuntimeError) as error:  # such as trials of one and the same value
+        _log.info("no importance of parameters: %s", error)
+        return {}
+    return {name: float(share) for name, share in found.items()}

@@ -1,0 +1,243 @@
+"""What Optuna is told: samplers, storages, lost trials. Needs optuna (``pip install 'ctrlib[search]'``)."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+from ctrlib.config import ConfigError
+from ctrlib.files import process_alive
+from ctrlib.search.fidelity import Scores, lifted
+from ctrlib.search.hedge import Axis, Hedge, Params, locate, standardised, transfer
+from ctrlib.search.space import Draw, Space
+
+Method = Literal["hedged", "tpe", "random"]
+_STARTUP = 8  # random trials before TPE
+_FRESH, _NEAR, _BEST = 100, 50, 5  # candidates drawn anew, and near so many of the best
+_KEEP = 0.7  # of the parameters, near the best
+_HEARTBEAT = 60  # seconds
+GRACE = 180
+"""Seconds without a sign of life after which a worker on another machine counts as dead."""
+_TRIES = 5
+
+
+def tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
+    """TPE with everything that differs between versions of Optuna said out loud.
+
+    ``multivariate`` with ``group``: parameters that are there together are sampled together, so that settings of one block do
+    not speak for those of another; without ``group`` only parameters of all trials would be. ``constant_liar``: workers side
+    by side do not all try the same.
+    """
+    with warnings.catch_warnings():  # that these options are experimental
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True
+        )
+
+
+class HedgedSampler(optuna.samplers.BaseSampler):
+    """:class:`~ctrlib.search.hedge.Hedge` over candidates drawn from a space, as a sampler; also random search.
+
+    Every choice depends on the seed, the number of the trial and the trials before it only, so it is the same after a restart.
+
+    Args:
+        space: that the trials ask.
+        seed: of the search.
+        sign: of the study's value, see :func:`ctrlib.search.trials.sign`.
+        rungs: how many there are.
+        portfolio: settings to begin with; the earlier, the better.
+        hedge: ``None``: every trial is at random.
+    """
+
+    def __init__(
+        self, space: Space, *, seed: int, sign: float, rungs: int, portfolio: Sequence[Draw] = (), hedge: Hedge | None = None
+    ) -> None:
+        self._space, self._seed, self._sign, self._rungs = space, seed, sign, rungs
+        self._portfolio, self._hedge = portfolio, hedge
+        self._chosen: Mapping[str, object] = {}
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Choose the settings of a trial, all at once."""
+        rng = np.random.default_rng([self._seed, trial.number])
+        seen = [t for t in others_of(study, trial.number) if t.params]
+        if self._hedge is None or self._hedge.turn(len(seen)) == "random":
+            self._chosen = self._drawn(rng).params
+            return
+        scores = trial_scores(seen, self._sign)
+        values = np.array(lifted(scores, self._rungs))
+        done = np.array([t.state.is_finished() for t in seen], dtype=bool)
+        # settings that failed or were too slow are as bad as the worst that did not
+        values[np.isnan(values) & done] = np.nanmin(values) if not np.isnan(values).all() else 0.0
+        values[~done] = np.nan
+        best = [seen[i] for i in np.argsort(-np.nan_to_num(values, nan=-np.inf))[:_BEST]]
+        draws = [self._drawn(rng) for _ in range(_FRESH)]
+        draws += [self._drawn(rng, best[i % len(best)].params) for i in range(_NEAR) if best]
+        draws += [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
+        axes: dict[str, Axis] = {name: axis for draw in draws for name, axis in draw.axes.items()}
+        candidates, tried = locate(axes, [d.params for d in draws]), locate(axes, [_known(t.params, axes) for t in seen])
+        past = []
+        if self._portfolio:
+            places = locate(axes, [_known(d.params, axes) for d in self._portfolio])
+            # all of it is better than chance, the first most
+            past.append((places, 1 + 0.1 * standardised(-np.arange(len(self._portfolio), dtype=np.float64))))
+        at = self._hedge.choose(candidates, transfer(past, candidates), tried, transfer(past, tried), values, rng)
+        self._chosen = draws[at].params
+
+    def _drawn(self, rng: np.random.Generator, near: Params | None = None) -> Draw:
+        draw = Draw(rng, near, _KEEP)
+        try:
+            self._space(draw)
+        except Exception:  # settings that cannot be: the trial that gets them says why
+            return draw
+        return draw
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """None: everything was chosen in :meth:`before_trial`."""
+        return {}
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """Nothing, as above."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """What was chosen."""
+        return self._chosen[param_name]
+
+
+def _known(params: Params, axes: Mapping[str, Axis]) -> dict[str, object]:
+    """Without names that are no choice any more, as after a change of the space."""
+    return {n: v for n, v in params.items() if n in axes and (not axes[n].choices or v in axes[n].choices)}
+
+
+def sampler_for(
+    method: Method, space: Space, *, seed: int, number: int, sign: float, rungs: int, portfolio: Sequence[Draw] = ()
+) -> optuna.samplers.BaseSampler:
+    """The sampler of a method, for the trial after ``number`` others."""
+    if method == "tpe":
+        return tpe_sampler(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+    hedge = Hedge() if method == "hedged" else None
+    return HedgedSampler(space, seed=seed, sign=sign, rungs=rungs, portfolio=portfolio, hedge=hedge)
+
+
+def others_of(study: Study, number: int | None = None) -> list[FrozenTrial]:
+    """The trials that count, but for one: not those that were cut off, which another one takes up."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or "error" in t.user_attrs)]
+
+
+def trial_scores(trials: Sequence[FrozenTrial], sign: float) -> list[Scores]:
+    """What each trial reached by rung, larger is better."""
+    return [{rung: sign * value for rung, value in t.intermediate_values.items() if math.isfinite(value)} for t in trials]
+
+
+def open_storage(url: str | None, journal: Path) -> BaseStorage:
+    """A journal file, or the data base at a URL, where workers show a sign of life every minute.
+
+    Raises:
+        ConfigError: the storage cannot be reached, or its driver is not installed.
+    """
+    if url is None:
+        _mend(journal)
+        return JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal))))
+    # said out loud: the driver that SQLAlchemy takes by itself differs between its versions
+    driven = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        with warnings.catch_warnings():  # heartbeats are experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return _connected(driven)
+    except Exception as error:  # each driver has its own
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the storage {_without_password(url)} cannot be reached ({type(error).__name__}: {reason:.200}); expected a URL "
+            "such as postgresql://user@host/database or sqlite:///file.db, a server that runs, and its driver "
+            "(pip install 'ctrlib[distributed]')"
+        ) from error
+
+
+@contextmanager
+def opened_storage(url: str | None, journal: Path) -> Iterator[BaseStorage]:
+    """:func:`open_storage`, whose connections are given back at the end."""
+    storage = open_storage(url, journal)
+    try:
+        yield storage
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def _connected(url: str) -> RDBStorage:
+    """Where several machines begin at once, one makes the tables, and the others find them half made: they try again."""
+    for _ in range(_TRIES):
+        try:
+            return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
+        except (IntegrityError, ProgrammingError):
+            time.sleep(1)
+    return RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again)
+
+
+def _without_password(url: str) -> str:
+    scheme, found, rest = url.partition("://")
+    return f"{scheme}{found}{rest.rpartition('@')[2]}"
+
+
+def _mend(journal: Path) -> None:
+    """Take off a last line that a process was killed in; every whole line ends in a line feed."""
+    if not journal.is_file():
+        return
+    with get_lock_file(JournalFileOpenLock(str(journal))), journal.open("r+b") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            file.truncate(whole)
+
+
+def here() -> str:
+    """This process, as trials name it."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def take_up_lost(study: Study) -> int:
+    """Ask again for the settings of trials whose process is gone; returns how many there were.
+
+    What they had measured on their rungs goes along, so that nothing is trained twice.
+    """
+    host = socket.gethostname()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
+        if owner == host and not process_alive(int(process)):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    before = len(study.get_trials(deepcopy=False))
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        again(study, trial)
+    return len(study.get_trials(deepcopy=False)) - before
+
+
+def again(study: Study, trial: FrozenTrial) -> None:
+    """Ask once more for the settings of a trial that was cut off, unless that was done. One that failed stays failed."""
+    if "error" in trial.user_attrs or not trial.params:
+        return
+    others = study.get_trials(deepcopy=False)
+    if any(t.user_attrs.get("continues") == trial.number for t in others):
+        return
+    rungs = {str(rung): value for rung, value in trial.intermediate_values.items()}
+    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, "rungs": rungs})
