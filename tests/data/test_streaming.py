@@ -97,7 +97,7 @@ def split(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFacto
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
-    found = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "sequences"}
+    found = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("sequences", "edges")}
     for name, ragged in batch.sequences.items():
         found |= {f"{name} values": ragged.values, f"{name} offsets": ragged.offsets}
     assert all(tensor is not None for tensor in found.values())
