@@ -25,7 +25,7 @@ from ctrlib.search.hedge import locate
 
 
 def _grid(auc: list[float]) -> Grid:
-    params: list[dict[str, float | None]] = [{"net_dropout": i / 20, "num_heads": None} for i in range(len(auc))]
+    params: list[dict[str, float | None]] = [{**dict.fromkeys(AXES), "net_dropout": i / 20} for i in range(len(auc))]
     return Grid("hand", params, locate(AXES, params), np.array(auc), np.zeros(len(auc)))
 
 
