@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from ctrlib.config import ConfigError
 from ctrlib.metrics import checked_rows, ece, log_loss, run_starts
+from ctrlib.plots import figure_class, save_png
 from ctrlib.schema import DataError, suggest
 
 Method = Literal["none", "temperature", "platt", "isotonic"]
@@ -245,11 +246,7 @@ def plot_reliability(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("the plot needs matplotlib; pip install 'ctrlib[search]', or leave the plot out") from error
-    figure = Figure(figsize=(5, 5))
+    figure = figure_class()(figsize=(5, 5))
     axes = figure.subplots()
     top = 0.0
     for name, curve in curves.items():
@@ -260,10 +257,7 @@ def plot_reliability(path: str | Path, curves: Mapping[str, Mapping[str, Any]]) 
     axes.set(xlabel="predicted probability", ylabel="observed rate")
     axes.grid(alpha=0.3)
     axes.legend()
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-    part.replace(target)
+    save_png(figure, path)
 
 
 def to_json(calibrations: Mapping[str, Calibration]) -> dict[str, Any]:

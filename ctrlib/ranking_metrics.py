@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctrlib.config import ConfigError
 from ctrlib.metrics import Floats, auc, checked_groups, checked_rows, gauc, run_starts
+from ctrlib.plots import figure_class, save_png
 from ctrlib.schema import DataError
 
 TOP = (10,)
@@ -200,12 +200,9 @@ def plot_by_history_length(models: Mapping[str, Sequence[Mapping[str, Any]]], me
         DataError: see :func:`history_table`.
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("the plot needs matplotlib; pip install 'ctrlib[search]', or leave the plot out") from error
+    new_figure = figure_class()
     buckets = [(i, name, groups) for i, (name, groups) in enumerate(_same_buckets(models)) if re.match(r"[\d>]", name)]
-    figure = Figure(figsize=(7, 4.5))
+    figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for model, found in models.items():
         axes.plot(range(len(buckets)), [found[i][metric] for i, _, _ in buckets], marker="o", label=model)
@@ -213,10 +210,7 @@ def plot_by_history_length(models: Mapping[str, Sequence[Mapping[str, Any]]], me
     axes.set(xlabel="behaviours in the history", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend()
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-    part.replace(target)
+    save_png(figure, path)
 
 
 def _same_buckets(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ctrlib.config import ConfigError
 from ctrlib.files import write_json, write_text
-from ctrlib.search.select import figure_class
+from ctrlib.plots import figure_class
 
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"

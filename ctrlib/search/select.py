@@ -31,6 +31,7 @@ from ctrlib.files import discard_unfinished, json_text, new_folder, write_json, 
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import OptInter, field_pairs
 from ctrlib.models.presets import COMPONENTS
+from ctrlib.plots import figure_class, save_png
 from ctrlib.schema import BatchLayout, DataError, Schema, suggest
 from ctrlib.search.auto_field import AutoFieldConfig, search_auto_field
 from ctrlib.search.auto_fis import AutoFISConfig, auto_fis_block, search_auto_fis, without_closed_pairs
@@ -184,7 +185,7 @@ def select(
     torch_device(config.device)
     if METHODS[method].trains:
         _check_vectors(method, config)
-    figure = figure_class() if curve else None
+    figure = figure_class("curve") if curve else None
     target = Path(out)
     asked = {
         "method": method,
@@ -622,15 +623,6 @@ def _point(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": label, "parameters": run["parameters"], "valid_auc": _metric(run, "valid", "auc")}
 
 
-def figure_class() -> Any:
-    """The class of figures of matplotlib: without ``pyplot``, whose state is the caller's."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ConfigError("the curve needs matplotlib; pip install 'ctrlib[search]', or leave the curve out") from error
-    return matplotlib.figure.Figure
-
-
 def _draw(class_of_figures: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure = class_of_figures(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -642,9 +634,7 @@ def _draw(class_of_figures: Any, points: Sequence[Mapping[str, Any]], path: Path
         axes.annotate(point["label"], (point["parameters"], point["valid_auc"]), xytext=(4, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation AUC, one seed", title=title)
     axes.grid(alpha=0.3)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-    part.replace(path)
+    save_png(figure, path)
 
 
 def table(report: Mapping[str, Any]) -> str:
