@@ -16,6 +16,7 @@ from ctrlib.models.presets import PRESETS
 from experiments import results as results_page
 from experiments.criteo_sample import run as sample
 from experiments.frappe import table
+from experiments.selection import planted
 from experiments.selection import run as selection
 from tests.clicks import SCHEMA, clicks
 
@@ -67,6 +68,17 @@ def test_committed_pages_are_what_the_committed_results_make() -> None:
     assert (sample.HERE / "README.md").read_text(encoding="utf-8") == sample.page(sample.load(sample.RESULTS))
     assert (selection.HERE / "README.md").read_text(encoding="utf-8") == selection.page(selection.load())
     assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page()
+
+
+def test_the_searches_find_what_is_planted() -> None:
+    found = json.loads((planted.HERE / "planted.json").read_text(encoding="utf-8"))
+    assert (planted.HERE / "planted.md").read_text(encoding="utf-8") == planted.page(found)
+    right = {"a*b": "memorize"} | dict.fromkeys(planted.PAIRS[1:], "naive")
+    assert len(found["optinter"]) == 10
+    assert sum(seed["choices"] == right for seed in found["optinter"]) >= 9
+    middle = [seed for seed in found["optfs"] if seed["penalty"] == 1e-4]
+    assert len(middle) >= 3
+    assert all(seed["informative"] >= 0.75 and seed["noise"] == seed["unseen"] == 0 for seed in middle)
 
 
 def test_a_published_figure_may_be_an_auc_alone() -> None:

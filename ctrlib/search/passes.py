@@ -45,7 +45,7 @@ def train_pass(
         before_step: called before every training step, and never by an evaluation: where a search moves its clock.
 
     Raises:
-        TrainingDivergedError: a loss is not finite.
+        TrainingDivergedError: a loss is not finite, or a weight after the last step.
     """
     device = next(p.device for p in model.parameters())
     model.train()
@@ -82,4 +82,10 @@ def train_pass(
                 tracker.advance(_CHECK_EVERY, f"loss {losses[-1]:.5f}")
         tracker.advance(len(pending))
         read()
+    # what the last step did shows in no loss
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise TrainingDivergedError(
+            f"{title} diverged: a weight is not finite after step {len(losses)}; expected finite numbers. Lower the learning "
+            "rates, and check numeric columns for very large values"
+        )
     return math.fsum(losses) / len(losses)

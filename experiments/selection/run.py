@@ -272,7 +272,7 @@ INTRO = """# Selection on real rows
 
 `python -m experiments.selection.run`: `ctrlib select` and what it is to be compared with, seeds 0, 1, 2; mean ± standard
 deviation. Differences are to the first row, seed by seed. The test rows are read by the runs alone. Settings and all metrics of
-all runs are in `results/`.
+all runs are in `results/`. What both methods do on rows whose law is known: [planted.md](planted.md).
 """
 
 
