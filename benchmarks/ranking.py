@@ -1,19 +1,25 @@
 """One context × N candidates: the ranker beside tiled rows in eager torch and ONNX Runtime: ``python -m benchmarks.ranking``.
 
-39 fields of ids, half of them of the context, a table of 2 million rows × 16; all sides in turn in one process, on the same
-requests, encoded before the clock starts (``encode`` is timed by itself, from raw values). Tiled sides read a batch in which
-every candidate has the whole context; making that batch is on their clock too. ``--memory`` also measures what each of three
-more processes adds that serve the same artifact.
+39 fields of ids, half of them of the context, a table of 2 million rows × 16. Each side has a process of its own, as their
+threads would spin in each other's way; they take turns, a few calls each, on the same requests, encoded before the clock starts
+(``encoding`` is timed by itself, from raw values). Tiled sides read a batch in which every candidate has the whole context;
+making that batch is on their clock too. The first side is torch as it is installed, the others have ``ctrlib.tune_cpu()``.
+``--memory`` also measures what each of three processes adds that serve the same artifact.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.common import interleaved, print_table, vocabularies, write_result
+from benchmarks.common import print_table, vocabularies, write_result
 from benchmarks.models import SETTINGS
 from ctrlib import artifact
 from ctrlib.config import override
@@ -37,6 +43,16 @@ from ctrlib.schema import FIRST_VALUE_ID, Schema, SparseField
 
 PRESETS = ("dnn", "dcnv2", "autoint", "final_mlp")
 DIM = 16
+EAGER, TUNED, RANKER, ONNX, ENCODE = (
+    "eager torch, tiled",
+    "eager torch, tuned, tiled",
+    "ranker",
+    "ONNX Runtime, tiled",
+    "encoding",
+)
+CALLS = 8  # of a side before it is another one's turn
+
+RawRequest = tuple[dict[str, object], list[dict[str, object]]]
 
 
 def save(folder: Path, name: str, sizes: Sequence[int]) -> Path:
@@ -54,7 +70,7 @@ def save(folder: Path, name: str, sizes: Sequence[int]) -> Path:
     return folder
 
 
-def raw_requests(sizes: Sequence[int], candidates: int, count: int) -> list[tuple[dict[str, object], list[dict[str, object]]]]:
+def raw_requests(sizes: Sequence[int], candidates: int, count: int) -> list[RawRequest]:
     """Raw values: frequent ones often, as in logs."""
     rng = np.random.default_rng(0)
 
@@ -65,50 +81,86 @@ def raw_requests(sizes: Sequence[int], candidates: int, count: int) -> list[tupl
     return [(row(above), [row(below) for _ in range(candidates)]) for _ in range(count)]
 
 
-def sides(folder: Path, scratch: Path, onnx: bool) -> dict[str, Callable[[Request], Any]]:
-    """What scores a request, by name."""
+def side(name: str, folder: Path, threads: int, tuned: bool) -> tuple[Ranker, Callable[[Request], Any]]:
+    """What scores a request, and the ranker that encodes it."""
+    torch.set_num_threads(threads)
+    if tuned:
+        tune_cpu(threads)
     loaded = artifact.load(folder)
-    hoisted = Ranker(loaded)
-    found: dict[str, Callable[[Request], Any]] = {
-        "eager, tiled": Ranker(loaded, hoisting=False).probabilities,
-        "ranker": hoisted.probabilities,
-    }
-    if onnx:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporter meets deprecations of its own
-            export(loaded, scratch / "onnx", "onnx")
-        program = load_export(scratch / "onnx")
-        found["ONNX Runtime, tiled"] = lambda request: program.logits(request.batch())
-    return found
+    ranker = Ranker(loaded, hoisting=name == RANKER)
+    if name != ONNX:
+        return ranker, ranker.probabilities
+    program = load_export(folder.parent / "onnx")
+    return ranker, lambda request: program.logits(request.batch())
 
 
-def measure(name: str, sizes: Sequence[int], candidates: int, repeats: int, onnx: bool) -> dict[str, Any]:
+def serve_side(pipe: Connection, name: str, folder: Path, threads: int, tuned: bool, raw: Sequence[RawRequest]) -> None:
+    """A process of one side: answers a number of calls by their seconds, and 0 by the probabilities of every request."""
+    ranker, score = side(name, folder, threads, tuned)
+    requests = [ranker.encoder.encode(*request) for request in raw]
+    encoding = itertools.cycle(raw)
+    turn = itertools.cycle(requests)
+    for request in requests:
+        score(request)
+    pipe.send(ranker.hoisted_share)
+    while (calls := pipe.recv()) is not None:
+        if not calls:
+            pipe.send([np.asarray(score(request)) for request in requests])
+            continue
+        call: Callable[[], object] = lambda: score(next(turn))  # noqa: E731
+        if name == ENCODE:
+            call = lambda: ranker.encoder.encode(*next(encoding))  # noqa: E731
+        seconds = []
+        for _ in range(calls):
+            started = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started)
+        pipe.send(seconds)
+
+
+def measure(name: str, sizes: Sequence[int], candidates: int, rounds: int, threads: int, onnx: bool) -> dict[str, Any]:
     """Milliseconds of every side, and the largest difference of a probability from eager torch."""
+    processes = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         folder = save(Path(scratch) / "artifact", name, sizes)
-        variants = sides(folder, Path(scratch), onnx)
-        ranker = Ranker.load(folder)
+        if onnx:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's exporter meets deprecations of its own
+                export(artifact.load(folder), folder.parent / "onnx", "onnx")
         raw = raw_requests(sizes, candidates, 8)
-        requests = [ranker.encoder.encode(*request) for request in raw]
-        expected = [variants["eager, tiled"](request) for request in requests]
-        difference = max(float(np.abs(ranker.probabilities(r) - e).max()) for r, e in zip(requests, expected, strict=True))
-        turn = {side: iter(requests * (repeats + 8)) for side in variants}
-        calls: dict[str, Callable[[], object]] = {
-            side: (lambda score=score, side=side: score(next(turn[side])))  # type: ignore[misc]
-            for side, score in variants.items()
-        }
-        again = iter(raw * (repeats + 8))
-        calls["encode"] = lambda: ranker.encoder.encode(*next(again))
-        seconds = interleaved(calls, repeats=repeats)
-        share = ranker.hoisted_share
+        pipes, workers = {}, []
+        try:
+            for which in (EAGER, TUNED, RANKER, *([ONNX] if onnx else []), ENCODE):
+                pipes[which], theirs = processes.Pipe()
+                arguments = (theirs, which, folder, threads, which != EAGER, raw)
+                workers.append(processes.Process(target=serve_side, args=arguments, daemon=True))
+                workers[-1].start()
+            shares = {which: pipe.recv() for which, pipe in pipes.items()}
+
+            def ask(which: str, calls: int) -> Any:
+                pipes[which].send(calls)
+                return pipes[which].recv()
+
+            expected, shown = ask(EAGER, 0), ask(RANKER, 0)
+            difference = max(float(np.abs(a - b).max()) for a, b in zip(expected, shown, strict=True))
+            seconds: dict[str, list[float]] = {which: [] for which in pipes}
+            for _ in range(rounds):
+                for which in pipes:
+                    seconds[which] += ask(which, CALLS + 1)[1:]  # the first finds the caches of another process
+            for pipe in pipes.values():
+                pipe.send(None)
+        finally:
+            for worker in workers:
+                worker.join(10)
+                worker.kill()
     return {
         "model": name,
         "candidates": candidates,
         "difference": difference,
-        "hoisted_share": share,
+        "hoisted_share": shares[RANKER],
         "ms": {
-            side: {"p50": 1e3 * float(np.median(samples)), "p99": 1e3 * float(np.quantile(samples, 0.99))}
-            for side, samples in seconds.items()
+            which: {"p50": 1e3 * float(np.median(samples)), "p99": 1e3 * float(np.quantile(samples, 0.99))}
+            for which, samples in seconds.items()
         },
     }
 
@@ -167,23 +219,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PRESETS))
     parser.add_argument("--candidates", type=int, nargs="+", default=[100, 500])
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=25, help="turns of every side, of 8 calls each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--untuned", action="store_true", help="without ctrlib.tune_cpu(), which helps every side in torch")
     parser.add_argument("--no-onnx", action="store_true")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.untuned:
-        tune_cpu(args.threads)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sizes = vocabularies(args.rows)
-    found = [measure(name, sizes, n, args.repeats, not args.no_onnx) for name in args.models for n in args.candidates]
-    result: dict[str, Any] = {"threads": args.threads, "rows": args.rows, "tuned": not args.untuned, "requests": found}
+    found = []
+    for name in args.models:
+        for n in args.candidates:
+            found.append(measure(name, sizes, n, args.rounds, args.threads, not args.no_onnx))
+            print(found[-1], file=sys.stderr, flush=True)
+    result: dict[str, Any] = {"threads": args.threads, "rows": args.rows, "requests": found}
     header = ["model", "candidates", "side", "p50 ms", "p99 ms", "× eager"]
     rows = [
-        [entry["model"], entry["candidates"], side, ms["p50"], ms["p99"], entry["ms"]["eager, tiled"]["p50"] / ms["p50"]]
+        [entry["model"], entry["candidates"], which, ms["p50"], ms["p99"], entry["ms"][EAGER]["p50"] / ms["p50"]]
         for entry in found
-        for side, ms in entry["ms"].items()
+        for which, ms in entry["ms"].items()
     ]
     print_table(header, rows)
     if args.memory:
