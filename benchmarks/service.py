@@ -2,8 +2,8 @@
 
 A DNN on 39 fields, half of them of the context, and a table of 2 million rows × 16; requests of 100 candidates, in turn. wrk
 posts them and compares every answer with what the model itself, in another process, says of this request; the answer names the
-model. Three minutes, in turn: ready after the start; as many requests as go through; half as many for a minute; the model swapped ten times
-under load; kill -9, and ready again.
+model. Three minutes, in turn: ready after the start; as many requests as go through; half as many for a minute; the model
+swapped ten times under load; kill -9, and ready again.
 
 With ``--url`` and ``--body`` one request is posted to a service that runs already; scores are compared with its first ones.
 """
