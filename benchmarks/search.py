@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import print_table, write_result
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", action="store_true", help="on the log of BARS runs, $CTRLIB_DATA/bars/tuning_log.csv")
     parser.add_argument("--real", action="store_true", help="train, on Frappe, a sample of Criteo and synthetic clicks")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS} of the replay, {Setting().seeds} of real searches")
-    parser.add_argument("--seconds", type=float, default=Setting().seconds, help="of every real search")
+    parser.add_argument("--seconds", type=float, help=f"of every real search; default: {dict(Setting().seconds)}")
     parser.add_argument("--frappe-seconds", type=float, default=Setting().frappe_seconds, help="against published settings")
     parser.add_argument("--data", nargs="+", choices=tuple(DATA), default=tuple(DATA), help="of real searches")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the real searches")
@@ -84,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held = run_replay(options.seeds or SEEDS) if options.replay else True
     if options.real:
         tune_cpu()
-        setting = Setting(
-            seconds=options.seconds, seeds=options.seeds or Setting().seeds, frappe_seconds=options.frappe_seconds
-        )
+        setting = Setting(seeds=options.seeds or Setting().seeds, frappe_seconds=options.frappe_seconds)
+        if options.seconds is not None:
+            setting = replace(setting, seconds=dict.fromkeys(DATA, options.seconds))
         held = run_real(setting, options.data, options.runs) and held
     return 0 if held else 1
 

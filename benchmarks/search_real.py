@@ -1,6 +1,7 @@
 """Searches that train: hedged against random, the same seconds and the same space, on three data sets.
 
-Every search is a folder under ``runs/search``; what is finished is not run again, and what was cut off goes on.
+Both searches of a seed run side by side, each with one thread, so that they see the same machine. Every search is a folder
+under ``runs/search``; what is finished is not run again, and what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_table, write_result
+from ctrlib.cpu import tune_cpu
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.experiment import DataOptions, prepare
@@ -32,9 +36,9 @@ _WINS, _TIME = 4 / 5, 0.5
 
 @dataclass(frozen=True)
 class Setting:
-    """How long each search takes, with how many seeds."""
+    """How long each search takes (by data set), with how many seeds."""
 
-    seconds: float = 1200.0
+    seconds: Mapping[str, float] = field(default_factory=lambda: {"frappe": 900.0, "criteo": 300.0, "synthetic": 300.0})
     seeds: int = 5
     rows: int = 100_000
     frappe_seconds: float = 1800.0
@@ -74,8 +78,15 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
     results: dict[str, Any] = {}
     for name in names:
         path = folder / name / "store"
-        store = Store.open(path) if Store.is_store(path) else DATA[name](path, setting)
-        runs = {m: [_one(store, folder / name / m / f"seed-{s}", setting, m, s) for s in range(setting.seeds)] for m in METHODS}
+        if not Store.is_store(path):
+            DATA[name](path, setting)
+        with ProcessPoolExecutor(len(METHODS), get_context("spawn"), initializer=tune_cpu, initargs=(1,)) as processes:
+            calls = [
+                (m, processes.submit(_one, folder / name, setting.seconds[name], m, s))
+                for s in range(setting.seeds)
+                for m in METHODS
+            ]
+            runs = {method: [call.result() for m, call in calls if m == method] for method in METHODS}
         results[name] = compare(runs["hedged"], runs["random"])
     rows = [
         [
@@ -89,7 +100,7 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
         for name, r in results.items()
     ]
     print_table(["data", "hedged, test log loss", "random", "won", "share of the time to random's median", "holds"], rows)
-    result: dict[str, Any] = {"seconds": setting.seconds, "seeds": setting.seeds, "rows": setting.rows, "data": results}
+    result: dict[str, Any] = {"seconds": dict(setting.seconds), "seeds": setting.seeds, "rows": setting.rows, "data": results}
     if "frappe" in names:
         result["published"] = against_published(folder / "frappe", setting)
         print(result["published"])
@@ -97,10 +108,11 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
     return all(r["holds"] for r in results.values()) and result.get("published", {"holds": True})["holds"]
 
 
-def _one(store: Store, out: Path, setting: Setting, method: Method, seed: int) -> dict[str, Any]:
+def _one(folder: Path, seconds: float, method: Method, seed: int) -> dict[str, Any]:
+    out = folder / method / f"seed-{seed}"
     if not (out / "report.json").is_file():
-        config = SearchConfig(method=method, budget=setting.seconds, seed=seed)
-        search(store, out, config=config, resume=out.exists())
+        config = SearchConfig(method=method, budget=seconds, seed=seed)
+        search(Store.open(folder / "store"), out, config=config, resume=out.exists())
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
 
