@@ -11,16 +11,16 @@ import argparse
 import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.common import write_result
 from ctrlib.batch import Batch, Ragged
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.adjacency import Adjacency
-from ctrlib.files import json_text, write_json
+from ctrlib.files import json_text
 from ctrlib.interactions.catgcn import CatInteraction
 from ctrlib.losses import total_loss
 from ctrlib.models.catgcn import CatGCN
@@ -29,7 +29,6 @@ from ctrlib.models.propagation import Propagation
 from ctrlib.optim import OptimizerConfig, build_optimizer
 from ctrlib.schema import BatchLayout, SequenceColumn
 
-RESULT = Path(__file__).resolve().parent / "results" / "graph.json"
 LIMIT_GIB = 8.0
 
 
@@ -119,12 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hops", type=int, default=4)
     parser.add_argument("--block-nodes", type=int, default=CatGCN.Config().block_nodes)
     parser.add_argument("--keep", action="store_true", help="keep everything for the gradient instead of computing it again")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(argv)
     tune_cpu()
     found = measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, found)
+    write_result("graph", found)
     print(json_text(found))
 
 

@@ -148,6 +148,83 @@ def _blocks(data: dict[str, Any]) -> str:
     )
 
 
+def _ranking(data: dict[str, Any]) -> str:
+    rows = []
+    for r in data["requests"]:
+        eager = r["ms"]["eager torch, tiled"]["p50"]
+        for side, ms in r["ms"].items():
+            faster = eager / ms["p50"] if side != "encoding" else ""
+            rows.append([r["model"], r["candidates"], side, ms["p50"], ms["p99"], faster])
+    models = {r["model"]: r for r in data["requests"]}
+    text = (
+        "One context and its candidates, 39 fields of which 19 are of the context, "
+        f"{data['rows']:,} rows × 16, fp32, {data['threads']} threads. Each side in a process of its own, taking turns. Tiled: "
+        "the context stands in every row; tuned: with `ctrlib.tune_cpu()`, as the ranker and the encoding of raw values:\n\n"
+        + _table(["model", "candidates", "side", "p50 ms", "p99 ms", "times faster than eager torch"], rows)
+        + "\n| model | multiplications done once a request | largest difference of a probability |\n|---|---|---|\n"
+    )
+    for name, r in models.items():
+        worst = max(q["difference"] for q in data["requests"] if q["model"] == name)
+        text += f"| {name} | {r['hoisted_share']:.0%} | {worst:.0e} |\n"
+    if "memory_mib" in data:
+        cells = ", ".join(f"{m['own']:.1f} of {m['mapped']:.0f}" for m in data["memory_mib"])
+        text += f"\nMiB of its own, of the mapped weights, in each process that serves the same artifact: {cells}.\n"
+    return text
+
+
+def _service(data: dict[str, Any]) -> str:
+    cells = ("answers", "per_second", "p50_ms", "p99_ms", "not_200", "wrong_scores", "connection_errors")
+    names = {"saturated": "as many as go through", "half": "half as many", "swapped": "half as many, ten swaps of the model"}
+    rows = [[title, *(data[name][cell] for cell in cells)] for name, title in names.items()]
+    header = ["load", "answers", "per second", "p50 ms", "p99 ms", "not 200", "wrong scores", "broken connections"]
+    return (
+        f"`ctrlib serve` of a DNN, {data['threads']} thread(s), {data['rows']:,} rows × 16, {data['candidates']} candidates a\n"
+        f"request; wrk beside it on the same {data['machine']['cores']} cores, which compares every score:\n\n"
+        + _table(header, rows)
+        + f"\nReady {data['ready_seconds']:.1f} s after the start, "
+        f"{data['ready_seconds_after_kill']:.1f} s after kill -9.\n"
+    )
+
+
+def _graph(data: dict[str, Any]) -> str:
+    hop = data["propagation_nanoseconds_per_directed_edge_and_hop"]
+    return (
+        f"One epoch of CatGCN, all nodes in one step with dropout: {data['nodes']:,} nodes × {data['features']} features,\n"
+        f"{data['edges']:,} edges, {data['hops']} hops, blocks of {data['block_nodes']:,} nodes:\n"
+        f"{data['epoch_seconds']:.0f} s, {1e6 * data['epoch_seconds_per_edge']:.1f} µs an edge. One validation: "
+        f"{data['validation_seconds']:.0f} s; propagation\n"
+        f"takes {hop:.1f} ns a directed edge and hop. Peak memory: {data['peak_gib']:.1f} GiB, "
+        f"{data['peak_gib_before_training']:.1f} before training.\n"
+    )
+
+
+def _search_real(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{data['seconds'][name]:.0f}",
+            *(f"{r[method]['mean']:.5f}" for method in ("hedged", "random")),
+            f"{r['wins']} of {data['seeds']}",
+            "never" if r["time_share"] is None else f"{r['time_share']:.2f}",
+            "yes" if r["holds"] else "no",
+        ]
+        for name, r in data["data"].items()
+    ]
+    header = ["data", "seconds a search", "test log loss, hedged", "random", "won", "time to random's median", "gates hold"]
+    text = (
+        f"Searches that train, hedged and random side by side with {data['seeds']} seeds; the mean test log loss of what they "
+        "end with, and after what share of the time the hedged ones reach the median of random's end (on validation rows):\n\n"
+        + _table(header, rows)
+    )
+    if "published" in data:
+        found = data["published"]
+        text += (
+            f"\nOn Frappe, by validation AUC, two workers: {found['model']} with {found['search']['mean']:.5f}; the published "
+            f"FinalMLP settings {found['final_mlp']['mean']:.5f}.\n"
+        )
+    return text
+
+
 SECTIONS = {
     "embedding": _embedding,
     "train": _train,
@@ -157,14 +234,22 @@ SECTIONS = {
     "prepare": _prepare,
 }
 SECTIONS["hiformer"] = _hiformer
-SECTIONS["search_replay"] = _search_replay
-COMMANDS = {"search_replay": "search --replay"}  # of those whose file has another name
+SECTIONS |= {
+    "search_replay": _search_replay,
+    "search_real": _search_real,
+    "ranking": _ranking,
+    "service": _service,
+    "graph": _graph,
+}
+COMMANDS = {"search_replay": "search --replay", "search_real": "search --real"}  # of those whose file has another name
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page; benchmarks without results are left out."""
     text = HEAD
     for name, section in SECTIONS.items():
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
         data = _read(name)
         machine = data["machine"]
         where = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
