@@ -137,15 +137,20 @@ def export(artifact: Artifact, out: str | Path, format: str = "torch", *, rows: 
             write_json(part / "export.json", info)
             program = load_export(part)
             shown = [_probabilities(artifact, program.logits(batch).astype(np.float64)) for batch in samples]
-            worst = max(float(np.abs(a - b).max()) for a, b in zip(shown, reference, strict=True))
+            worst = _largest_difference(shown, reference)
             if not worst <= TOLERANCE:
                 raise DataError(
                     f"the {format} program scores otherwise than the model: probabilities differ by {worst:.1e}, allowed are "
                     f"{TOLERANCE:.0e}; nothing was written"
                 )
-            info["difference"] = max(float(np.abs(a - b).max()) for a, b in zip(shown, expected, strict=True))
+            info["difference"] = _largest_difference(shown, expected)
             write_json(part / "export.json", info)
     return info
+
+
+def _largest_difference(shown: Sequence[Floats], expected: Sequence[Floats]) -> float:
+    """NaN where a number is NaN."""
+    return float(np.max([np.abs(a - b).max() for a, b in zip(shown, expected, strict=True)]))
 
 
 def load_export(path: str | Path) -> Program:

@@ -155,15 +155,15 @@ class Ranker:
         Raises:
             DataError: a probability is not a number.
         """
-        worst = 0.0
+        differences = []
         for seed in range(3):
             request = sample_request(self.artifact.encoder.layout, self.encoder, seed)
             with torch.inference_mode():
                 expected = self._probabilities(self.artifact.model(request.batch()).logits)
             if not np.isfinite(expected).all():
                 raise DataError("the model gives probabilities that are no numbers; train it again")
-            worst = max(worst, float(np.abs(self.probabilities(request) - expected).max()))
-        return worst
+            differences.append(np.abs(self.probabilities(request) - expected).max())
+        return float(np.max(differences))  # NaN stays NaN, which Python's max would drop
 
     def _probabilities(self, logits: Tensor) -> Floats:
         return sigmoid(calibrate_tasks(self.artifact.calibration, logits.double().numpy()))
@@ -184,7 +184,7 @@ class Ranker:
             return
         self._hoisted, self.hoisted = module, found
         worst = self.check()
-        if worst > TOLERANCE:
+        if not worst <= TOLERANCE:
             self._hoisted, self.hoisted = None, ()
             _log.warning("the context is not computed once: probabilities would differ by %.1e; report this, please", worst)
 

@@ -95,14 +95,15 @@ def test_aoti(loaded: Artifact, tmp_path: Path) -> None:
     assert differences(loaded, tmp_path / "aoti")["program"] <= TOLERANCE
 
 
+@pytest.mark.parametrize("error", [1e-4, np.nan])
 def test_a_program_that_scores_otherwise_is_not_written(
-    loaded: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
     read = exporting._READERS["torch"]
 
     def wrong(folder: Path) -> Any:
         run = read(folder)
-        return lambda inputs: run(inputs) + 1e-4
+        return lambda inputs: run(inputs) + (error if len(inputs[0]) > 1 else 0)
 
     monkeypatch.setitem(exporting._READERS, "torch", wrong)
     with pytest.raises(DataError, match=r"scores otherwise than the model: .*nothing was written"):

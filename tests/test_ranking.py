@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ctrlib import artifact, ranking
 from ctrlib.calibration import Calibration
@@ -161,6 +162,34 @@ def test_a_graph_that_would_score_otherwise_is_not_used(
     assert ranker.hoisted == ()
     assert "the context is not computed once" in caplog.text
     assert ranker.score(*requests(1, 3)[0]).shape == (3,)
+
+
+def test_a_graph_that_gives_no_numbers_is_not_used(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither where only the first of the check's requests is a number, nor at all."""
+    hoist = ranking.hoist
+
+    class NoNumbers(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            logits: torch.Tensor = self.module(*inputs)
+            return logits if self.calls == 1 else logits * torch.nan
+
+    def broken(*given: Any) -> Any:
+        module, found = hoist(*given)
+        return NoNumbers(module), found
+
+    monkeypatch.setattr(ranking, "hoist", broken)
+    with caplog.at_level(logging.WARNING, logger="ctrlib"):
+        ranker = Ranker.load(saved)
+    assert ranker.hoisted == ()
+    assert "the context is not computed once" in caplog.text
+    assert np.isfinite(ranker.score(*requests(1, 3)[0])).all()
 
 
 SCRIPT = """
