@@ -100,7 +100,8 @@ class Ranker:
             [N] probabilities, or [N, T] for several labels; calibrated if the artifact has a calibration.
 
         Raises:
-            DataError: a field is absent, or a value cannot be what its field says; names the field and the candidate.
+            DataError: a field is absent, or a value cannot be what its field says; names the field and the candidate. Or the
+                model's numbers overflow, since a value is far from those that it was trained on.
         """
         return self.probabilities(self.encoder.encode(context, candidates))
 
@@ -135,18 +136,22 @@ class Ranker:
         """Of an encoded request; see :meth:`score`."""
         if not len(request):
             return np.zeros((0,) if len(self.labels) == 1 else (0, len(self.labels)))
-        with torch.inference_mode():
-            if self._hoisted is None:
-                return self._probabilities(self.artifact.model(request.batch()).logits)
-            return self._probabilities(self._hoisted(*hoisted_inputs(request, self.sequences)))
+        found = self._served(request)
+        _check_finite(found)
+        return found
 
     def score_together(self, requests: Sequence[Request]) -> list[Floats]:
-        """Probabilities of several small requests by one pass of the model, in which every candidate is a row of its own."""
+        """Probabilities of several small requests by one pass of the model, in which every candidate is a row of its own.
+
+        Raises:
+            DataError: those of one request are no numbers (see :meth:`score`); :meth:`probabilities` tells of which.
+        """
         sizes = [len(request) for request in requests]
         if sum(sizes) == 0:
             return [self.probabilities(request) for request in requests]
         with torch.inference_mode():
             found = self._probabilities(self.artifact.model(_joined([r.batch() for r in requests if len(r)])).logits)
+        _check_finite(found)
         return np.split(found, np.cumsum(sizes)[:-1].tolist())
 
     def check(self) -> float:
@@ -162,8 +167,14 @@ class Ranker:
                 expected = self._probabilities(self.artifact.model(request.batch()).logits)
             if not np.isfinite(expected).all():
                 raise DataError("the model gives probabilities that are no numbers; train it again")
-            differences.append(np.abs(self.probabilities(request) - expected).max())
+            differences.append(np.abs(self._served(request) - expected).max())
         return float(np.max(differences))  # NaN stays NaN, which Python's max would drop
+
+    def _served(self, request: Request) -> Floats:
+        with torch.inference_mode():
+            if self._hoisted is None:
+                return self._probabilities(self.artifact.model(request.batch()).logits)
+            return self._probabilities(self._hoisted(*hoisted_inputs(request, self.sequences)))
 
     def _probabilities(self, logits: Tensor) -> Floats:
         return sigmoid(calibrate_tasks(self.artifact.calibration, logits.double().numpy()))
@@ -187,6 +198,15 @@ class Ranker:
         if not worst <= TOLERANCE:
             self._hoisted, self.hoisted = None, ()
             _log.warning("the context is not computed once: probabilities would differ by %.1e; report this, please", worst)
+
+
+def _check_finite(probability: Floats) -> None:
+    wrong = ~np.isfinite(probability).reshape(len(probability), -1).all(1)
+    if wrong.any():
+        raise DataError(
+            f"candidate {int(np.argmax(wrong)) + 1}: the model's numbers overflow, so it has no probability; "
+            "expected numbers nearer to those of the training rows"
+        )
 
 
 def sequence_inputs(layout: BatchLayout) -> tuple[tuple[str, bool], ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctrlib.config import ConfigError, positive
-from ctrlib.data.requests import Problem
+from ctrlib.data.requests import Problem, Request
 from ctrlib.ranking import TOLERANCE, Ranker
 from ctrlib.schema import DataError
 from ctrlib.service.metrics import Metrics
@@ -196,6 +196,21 @@ class Engine:
             for _ in batch:
                 self._queue.task_done()
 
+    @staticmethod
+    def _together(ranker: Ranker, requests: Sequence[Request]) -> list[Any]:
+        if not requests:
+            return []
+        try:
+            return list(ranker.score_together(requests))
+        except DataError:  # of one of them; the others get their probabilities
+            answers: list[Any] = []
+            for request in requests:
+                try:
+                    answers.append(ranker.probabilities(request))
+                except DataError as error:
+                    answers.append(RequestError([Problem("", str(error))]))
+            return answers
+
     def _answers(self, serving: Serving, batch: Sequence[_Waiting]) -> list[Any]:
         ranker = serving.ranker
         answers: list[Any] = [None] * len(batch)
@@ -210,10 +225,8 @@ class Engine:
             except DataError as error:
                 problems = ranker.encoder.problems(waiting.context, waiting.candidates)
                 answers[at] = RequestError(problems or [Problem("", str(error))])
-        if together:
-            found = ranker.score_together([request for _, request in together])
-            for (at, _), probability in zip(together, found, strict=True):
-                answers[at] = probability
+        for (at, _), answer in zip(together, self._together(ranker, [request for _, request in together]), strict=True):
+            answers[at] = answer
         self.metrics.count("batches")
         self.metrics.count("candidates", sum(len(w.candidates) for w in batch))
         return answers

@@ -273,3 +273,34 @@ def test_reload_over_http(client: TestClient, folder: Path) -> None:
     damaged.replace(folder / "now")
     assert client.post("/reload").json()["model"] == before
     assert "ctrlib_reloads_total 1" in client.get("/metrics").text
+
+
+@pytest.fixture(scope="module")
+def multiplying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that multiplies its numbers, so that large ones overflow."""
+    return save(tmp_path_factory.mktemp("artifacts") / "deepfm", "deepfm")
+
+
+def test_a_number_that_overflows_in_the_model_is_refused(multiplying: Path) -> None:
+    with TestClient(create_app(multiplying, LIMITS)) as client:
+        large = body()
+        large["candidates"][2]["price"] = 1e20
+        for path in ("/score", "/rank"):
+            answer = client.post(path, json=large)
+            assert answer.status_code == 422, answer.text
+            assert "candidate 3: the model's numbers overflow" in answer.json()["errors"][0]["message"]
+
+    async def run() -> list[Any]:
+        engine = Engine(multiplying)
+        engine.start()
+        calls = [engine.score(b["context"], b["candidates"]) for b in (body(), large, body(2))]
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        await engine.stop()
+        return found
+
+    first, refused, last = asyncio.run(run())
+    assert "overflow" in str(refused)
+    ranker = Ranker.load(multiplying, hoisting=False)
+    for seed, (_, shown) in ((1, first), (2, last)):  # whoever came at the same time has an answer
+        b = body(seed)
+        np.testing.assert_allclose(shown, ranker.score(b["context"], b["candidates"]), rtol=0, atol=1e-6)
