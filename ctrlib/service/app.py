@@ -105,8 +105,7 @@ def _endpoint(engine: Engine, at: str, answer: Callable[[Engine, Request], Await
         try:
             response = await answer(engine, request)
         except _RefusedError as refused:
-            content: dict[str, Any] = {"error": refused.reason, "errors": refused.errors, "request_id": name}
-            response = JSONResponse(content, refused.status)
+            response = _refusal(refused, name)
             if refused.status == 503:
                 response.headers["retry-after"] = "1"
         except ClientDisconnect:
@@ -121,6 +120,12 @@ def _endpoint(engine: Engine, at: str, answer: Callable[[Engine, Request], Await
         return response
 
     return run
+
+
+def _refusal(refused: _RefusedError, name: str) -> Response:
+    """What was wrong; parts of a request that no UTF-8 can hold are shown escaped."""
+    errors = [{key: _printable(text) for key, text in error.items()} for error in refused.errors]
+    return JSONResponse({"error": _printable(refused.reason), "errors": errors, "request_id": name}, refused.status)
 
 
 async def _plain_error(_: Request, error: Exception) -> Response:
@@ -179,7 +184,7 @@ async def _scored(engine: Engine, request: Request, at: str) -> tuple[Mapping[st
     try:
         serving, probability = await engine.score(context, candidates)
     except RequestError as error:
-        found = [{"field": p.field, "message": _printable(p.message)} for p in error.problems]
+        found = [{"field": p.field, "message": p.message} for p in error.problems]
         raise _RefusedError(422, "the request is not valid", found) from error
     except BusyError as error:
         raise _RefusedError(503, str(error)) from error
@@ -211,7 +216,7 @@ async def _reload(engine: Engine, request: Request) -> Response:
     try:
         return JSONResponse({"model": await engine.reload()})
     except (DataError, ConfigError, OSError) as error:
-        raise _RefusedError(409, f"the model before goes on: {_printable(str(error))}") from error
+        raise _RefusedError(409, f"the model before goes on: {error}") from error
 
 
 def _reload_later(engine: Engine) -> None:

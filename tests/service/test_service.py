@@ -133,6 +133,15 @@ def test_errors_name_every_field(client: TestClient) -> None:
         assert [entry["field"] for entry in answer.json()["errors"]] == list(change)
 
 
+def test_keys_that_are_no_text(client: TestClient) -> None:
+    answer = client.post("/score", content=b'{"\\ud800": 1, "context": {}, "candidates": []}')
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "\\ud800"
+    context = '{"user": 1, "age": 1, "\\ud800": 1}'
+    answer = client.post("/score", content=f'{{"context": {context}, "candidates": []}}')
+    assert [entry["field"] for entry in answer.json()["errors"]] == ["genres"]
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["g1|g2", "Stadt 1", 2**63, 1e300]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
