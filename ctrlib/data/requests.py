@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ Place = Callable[[int], str]
 _MEMORY = 1 << 17  # values remembered, of all fields together
 _PLAIN = {str, int, type(None)}
 _NUMBERS = {int, float, type(None)}
+_SUGGESTED = 64  # keys, and characters of each, among which the one that was meant is looked for
 _EXACT_FLOATS = 2.0**53
 _ALL_INTEGERS = 2.0**63  # beyond it, Arrow has a say in what a number is
 
@@ -428,6 +430,7 @@ def _place(name: str, row: Place, at: int) -> str:
 
 def _given(row: Mapping[str, object], name: str, wanted: Sequence[str], what: str) -> object:
     if name not in row:
-        near = suggest(name, [key for key in row if isinstance(key, str) and key not in wanted])
+        others = (key[:_SUGGESTED] for key in row if isinstance(key, str) and key not in wanted)
+        near = suggest(name, islice(others, _SUGGESTED))
         raise DataError(f"{what} has no field {name!r}{near}; give it a value, or null where it is missing")
     return row[name]

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ctrlib.service.pages import PAGE, example, openapi
 _log = logging.getLogger("ctrlib.service")
 Endpoint = Callable[[Request], Awaitable[Response]]
 _KEYS = {"/score": ("context", "candidates"), "/rank": ("context", "candidates", "top_k", "label")}
+_REPORTED = 16  # unknown keys: a body may have a hundred thousand, and looking for what was meant takes time
 _LOCAL = ("127.0.0.1", "::1", "testclient")
 
 
@@ -161,9 +163,8 @@ def _no_constant(name: str) -> float:
 
 async def _scored(engine: Engine, request: Request, at: str) -> tuple[Mapping[str, Any], Serving, Any]:
     body = await _body(engine, request)
-    errors = [
-        {"field": key, "message": f"unknown key {key!r:.80}{suggest(key, _KEYS[at])}"} for key in body if key not in _KEYS[at]
-    ]
+    unknown = islice((key for key in body if key not in _KEYS[at]), _REPORTED)
+    errors = [{"field": key[:80], "message": f"unknown key {key!r:.80}{suggest(key[:80], _KEYS[at])}"} for key in unknown]
     context, candidates = body.get("context"), body.get("candidates")
     if not isinstance(context, dict):
         errors.append({"field": "context", "message": "expected an object with a value for every field of the context"})

@@ -25,6 +25,7 @@ from ctrlib.calibration import Calibration
 from ctrlib.ranking import Ranker
 from ctrlib.schema import DataError
 from ctrlib.service import Engine, Limits, create_app
+from ctrlib.service import app as app_module
 from ctrlib.service import engine as engine_module
 from tests.test_ranking import offline, requests, save
 
@@ -140,6 +141,19 @@ def test_keys_that_are_no_text(client: TestClient) -> None:
     context = '{"user": 1, "age": 1, "\\ud800": 1}'
     answer = client.post("/score", content=f'{{"context": {context}, "candidates": []}}')
     assert [entry["field"] for entry in answer.json()["errors"]] == ["genres"]
+
+
+def test_many_unknown_keys_are_not_all_looked_at(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def counting(key: str, choices: Any) -> str:
+        looked.append(key)
+        return ""
+
+    monkeypatch.setattr(app_module, "suggest", counting)
+    answer = client.post("/score", json={f"k{i}": 0 for i in range(1000)} | body())
+    assert answer.status_code == 422
+    assert [entry["field"] for entry in answer.json()["errors"]] == looked == [f"k{i}" for i in range(16)]
 
 
 VALUES = st.recursive(
