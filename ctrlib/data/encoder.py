@@ -348,7 +348,7 @@ class Encoder:
         if isinstance(f, DenseField):
             keys = _category_keys(as_floats(array, describe), describe)
         else:
-            keys = as_keys(array, self._keys(f), describe)
+            keys = _keys(array, self._keys(f), describe)
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def encode_column(self, name: str, array: Any, describe: Describe) -> npt.NDArray[Any]:
@@ -371,7 +371,7 @@ class Encoder:
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, ...]:
         """Ids of all values, the length of every list, and if nested, how many values every behaviour has."""
         values, lengths, inner, describe = _flat(f, array, describe)
-        keys = as_keys(values, self._keys(f), describe)
+        keys = _keys(values, self._keys(f), describe)
         ids = self.vocabularies[vocabulary_name(f)].ids(keys)
         if inner is not None:
             return ids, lengths, inner
@@ -394,7 +394,7 @@ class Encoder:
             array = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
-        keys = as_keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
+        keys = _keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
@@ -732,10 +732,21 @@ def _fit_vocabulary(
         for array, describe in _blocks(f.name, table, bar, _as_text(f, kind)):
             if isinstance(f, SequenceField):
                 array, _, _, describe = _flat(f, array, describe)
-            counter.update(as_keys(array, kind, describe))
+            counter.update(_keys(array, kind, describe))
     if not len(counter.result()[0]):
         raise _all_missing(name, table)
     return Vocabulary.fit(counter, owner.min_count, owner.max_size)
+
+
+def _keys(array: Any, kind: Any, describe: Describe) -> Any:
+    """Keys of categories; times are none, since their text has as many digits as the unit of the column, which no value tells."""
+    found = array.type.value_type if isinstance(array, pa.DictionaryArray) else array.type
+    if pa.types.is_temporal(found) and not pa.types.is_date(found):
+        raise DataError(
+            f"{describe(0)}: the column holds {found}, which is no category; derive columns from it (hour, weekday), or make "
+            "it text or an integer"
+        )
+    return as_keys(array, kind, describe)
 
 
 def _separated(members: list[SparseField | SequenceField]) -> bool:

@@ -169,6 +169,44 @@ def test_absent_fields_and_other_shapes(encoder: Encoder) -> None:
     assert empty.batch().sparse.shape == (0, 7)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *[pa.timestamp(unit) for unit in ("s", "ms", "us", "ns")],
+        pa.timestamp("ms", "UTC"),
+        pa.time32("s"),
+        pa.time64("us"),
+        pa.duration("s"),
+    ],
+)
+def test_times_are_no_categories(encoder: Encoder, kind: Any) -> None:
+    plain = pa.array([0, 5, 0], pa.int32() if kind == pa.time32("s") else pa.int64()).cast(kind)
+    label = ("label", [0, 1, 0])
+    for column, field in (
+        (plain, SparseField(name="at")),
+        (plain.dictionary_encode(), SparseField(name="at")),
+        (plain, SparseField(name="at", hash_size=9)),
+        (pa.array([[value] for value in plain.to_pylist()], pa.list_(kind)), SequenceField(name="at")),
+    ):
+        schema = Schema(fields=(field, SparseField(name="item")), labels=("label",))
+        table = pa.table({"at": column, "item": [1, 2, 1], label[0]: label[1]})
+        with pytest.raises(DataError, match=r"column 'at'.*row 1: the column holds .*which is no category; derive"):
+            Encoder.fit(schema, table).transform(table)
+    with pytest.raises(DataError, match="candidate 1, field 'city': .*is no category"):
+        RequestEncoder(encoder).encode(PLAIN, [CANDIDATE | {"city": plain[0].as_py()}])
+
+
+def test_dates_of_any_unit_are_the_same_categories() -> None:
+    days = [datetime.date(2020, 1, 1), datetime.date(2021, 2, 3), datetime.date(2020, 1, 1)]
+    schema = Schema(fields=(SparseField(name="day"), SparseField(name="item", side="context")), labels=("label",))
+    for kind in (pa.date32(), pa.date64()):
+        table = pa.table({"day": pa.array(days, kind), "item": [1, 1, 1], "label": [0, 1, 0]})
+        encoder = Encoder.fit(schema, table)
+        assert encoder.transform(table).sparse[:, 0].tolist() == [2, 3, 2]
+        shown = RequestEncoder(encoder).encode({"item": 1}, [{"day": d} for d in days] + [{"day": "2021-02-03"}])
+        assert shown.batch().sparse[:, 0].tolist() == [2, 3, 2, 3]
+
+
 def test_frames(encoder: Encoder) -> None:
     memory = RequestEncoder(encoder)
     table = [{n: row[n] for n in memory.candidate_inputs} for row in rows(30, 5)]
