@@ -28,7 +28,7 @@ import torch
 from ctrlib.batch import Batch, Ragged
 from ctrlib.data.crosses import cross_keys, fit_crosses
 from ctrlib.data.numeric import Floats, Moments, Numeric, Quantiles, as_floats, criteo_log, narrow_codes, signed_log, tally
-from ctrlib.data.source import BLOCK_ROWS, Source, open_source
+from ctrlib.data.source import BLOCK_ROWS, Source, as_array, open_source
 from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys, begins_with, hash64, key_type
 from ctrlib.progress import Tracker, track
 from ctrlib.schema import (
@@ -391,7 +391,7 @@ class Encoder:
             kind = "dense" if isinstance(f, DenseField) else "a cross"
             raise DataError(f"field {field!r} is {kind}; only values of sparse and sequence fields have ids")
         try:
-            array = pa.array(values)
+            array = as_array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
         keys = _keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")

@@ -20,7 +20,7 @@ from ctrlib.batch import Batch, Ragged
 from ctrlib.data.crosses import cross_keys
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.numeric import as_floats
-from ctrlib.data.source import Source, open_source
+from ctrlib.data.source import Source, as_array, open_source
 from ctrlib.schema import CrossField, DataError, DenseField, SequenceField, Side, suggest
 
 Columns = Mapping[str, Sequence[object]]
@@ -384,7 +384,7 @@ def _floats(values: Sequence[object], place: Place) -> npt.NDArray[np.float64]:
 
 def _number(value: object, place: Callable[[], str]) -> float:
     try:
-        return float(as_floats(pa.array([value]), lambda _: place())[0])
+        return float(as_floats(as_array([value]), lambda _: place())[0])
     except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise DataError(f"{place()}: {value!r:.80} is not a number; expected a number or null") from error
 

@@ -222,16 +222,30 @@ def _to_arrow(data: object, name: str) -> Any:
             lazy: Any = data
             return (lazy.collect() if hasattr(lazy, "collect") else lazy).to_arrow()
         if isinstance(data, Mapping):
-            return pa.table({str(k): pa.array(v) for k, v in data.items()})
+            return pa.table({str(k): as_array(v) for k, v in data.items()})
         if isinstance(data, list) and all(isinstance(row, Mapping) for row in data):
             names = dict.fromkeys(str(key) for row in data for key in row)
-            return pa.table({n: pa.array([row.get(n) for row in data]) for n in names})
+            return pa.table({n: as_array([row.get(n) for row in data]) for n in names})
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError) as error:
         raise DataError(f"{name}: a column mixes kinds of values ({_first_line(error)}); give every column one type") from error
     raise DataError(
         f"{name} is a {type(data).__name__}; expected a path, a pandas or Polars frame, an Arrow table, "
         "a list of dicts or a dict of lists"
     )
+
+
+def as_array(values: Any) -> Any:
+    """``pa.array``, which alone does not think of unsigned integers: of numbers from 0 to 2⁶⁴ − 1 it makes uint64 where needed.
+
+    Raises:
+        OverflowError: integers that no 64 bits hold, or of both kinds.
+    """
+    try:
+        return pa.array(values)
+    except OverflowError:
+        if set(map(type, values)) <= {int, type(None)}:
+            return pa.array(values, pa.uint64())
+        raise
 
 
 def _from_table(table: Any, name: str) -> Source:

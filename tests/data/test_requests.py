@@ -78,11 +78,11 @@ CANDIDATE: dict[str, Any] = {"city": "Stadt 1", "hashed": 3, "price": 2.0, "coun
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("user", v) for v in (1, 1.0, "1", True, None, float("nan"), 987_654, 2**62, -(2**63), -0.0, np.int32(1), "-5")],
+        *[("user", v) for v in (1, 1.0, "1", True, None, float("nan"), 987_654, 2**62, 2**63, 2**64 - 1, -(2**63), -0.0, np.int32(1), "-5")],
         *[("city", v) for v in ("Stadt 1", "", None, 7, 7.0, True, "nowhere", "ü\0", np.str_("Stadt 1"))],
         *[("city", v) for v in (decimal.Decimal("1.5"), datetime.date(2020, 1, 1))],
         *[("hashed", v) for v in (0, "0", None, "a")],
-        *[("price", v) for v in (1, "2.5", True, None, float("nan"), 1e30, np.float32(0.1), 2**62)],
+        *[("price", v) for v in (1, "2.5", True, None, float("nan"), 1e30, np.float32(0.1), 2**62, 2**63 + 2**12)],
         *[("age", v) for v in (-1, 500, None, "33")],
         *[("count", v) for v in (0, 1.7, -3, None, 10**6)],
         *[("genres", v) for v in ("", None, "g1", "g1|g2|g3|never", "|")],
@@ -109,7 +109,8 @@ def test_every_kind_of_value(encoder: Encoder, field: str, value: object) -> Non
         ("user", "007", r"the context, field 'user': .*'007' is not an integer id"),
         ("user", 1.5, "field 'user'"),
         ("user", 2.0**53, "field 'user'"),
-        ("user", 2**63, "field 'user'"),
+        ("user", 2**64, "field 'user'"),
+        ("user", -(2**63) - 1, "field 'user'"),
         ("user", [1], "field 'user'"),
         ("user", {}, "field 'user'"),
         ("city", 1.5, "candidate 1, field 'city'"),
@@ -194,6 +195,23 @@ def test_times_are_no_categories(encoder: Encoder, kind: Any) -> None:
             Encoder.fit(schema, table).transform(table)
     with pytest.raises(DataError, match="candidate 1, field 'city': .*is no category"):
         RequestEncoder(encoder).encode(PLAIN, [CANDIDATE | {"city": plain[0].as_py()}])
+
+
+def test_unsigned_ids() -> None:
+    big = 2**63 + 5
+    ids = pa.array([big, 7, big + 1, big, None, None, None], pa.uint64())
+    lists = pa.array([[big], [7, big + 1], [], [big], [], [], []], pa.list_(pa.uint64()))
+    table = pa.table({"id": ids, "seen": lists, "item": [1] * 7, "label": [0, 1, 0, 1, 0, 1, 0]})
+    fields = (SparseField(name="id", side="context"), SequenceField(name="seen"), SparseField(name="item"))
+    encoder = Encoder.fit(Schema(fields=fields, labels=("label",)), table)
+    assert encoder.transform(table).sparse[:, 0].tolist() == [3, 5, 4, 3, 2, 2, 2]  # by count, then by the 64 bits
+    assert encoder.transform(table).sequences["seen"].values.tolist() == [2, 4, 3, 2]
+    memory = RequestEncoder(encoder)
+    for value, known in ((big, 3), (str(big), 3), (7, 5), (big + 1, 4), (big + 2, 1), (None, 2)):
+        request = memory.encode({"id": value}, [{"seen": [big, 7], "item": 1}, {"seen": [], "item": 1}])
+        assert request.batch().sparse[:, 0].tolist() == [known, known]
+        assert encoder.transform([{"id": value, "seen": [7], "item": 1}]).sparse[0, 0] == known
+        assert request.batch().sequences["seen"].values.tolist() == [2, 4]
 
 
 def test_dates_of_any_unit_are_the_same_categories() -> None:
