@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +22,17 @@ from ctrlib.data.crosses import cross_keys
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.numeric import as_floats
 from ctrlib.data.source import Source, as_array, open_source
-from ctrlib.schema import CrossField, DataError, DenseField, SequenceField, Side, suggest
+from ctrlib.schema import CrossField, DataError, DenseField, SequenceField, Side, SparseField, suggest
 
-Columns = Mapping[str, Sequence[object]]
+Columns = Mapping[str, Any]  # of each field a list of values, or of a frame an Arrow array
 Ids = npt.NDArray[np.int32]
 Place = Callable[[int], str]
 
 _MEMORY = 1 << 17  # values remembered, of all fields together
 _PLAIN = {str, int, type(None)}
 _NUMBERS = {int, float, type(None)}
+_TOGETHER = {int, float, bool, str}  # read alike whether they stand alone in a column or with others of their type
+_NUMPY = np.number | np.bool_ | np.str_
 _SUGGESTED = 64  # keys, and characters of each, among which the one that was meant is looked for
 _EXACT_FLOATS = 2.0**53
 _ALL_INTEGERS = 2.0**63  # beyond it, Arrow has a say in what a number is
@@ -158,7 +161,7 @@ class RequestEncoder:
                     found.append(Problem(name, str(error)))
         return found
 
-    def _columns(self, candidates: object) -> dict[str, list[object]]:
+    def _columns(self, candidates: object) -> dict[str, Any]:
         wanted = self.candidate_inputs
         if isinstance(candidates, list):
             for at, row in enumerate(candidates):
@@ -176,7 +179,8 @@ class RequestEncoder:
         table.require(wanted, ", which the model reads of candidates")
         if not wanted:
             return {"": [None] * table.num_rows}
-        return {name: table.column(name).to_pylist() if table.num_rows else [] for name in wanted}
+        columns = {name: table.column(name) for name in wanted}
+        return {name: c if name in self._candidates.scalars else c.to_pylist() for name, c in columns.items()}
 
     def _fill_crosses(self, above: Ids, below: Ids) -> None:
         """Ids of crosses, once those of the crossed fields are there."""
@@ -199,6 +203,7 @@ class _Side:
 
     def __init__(self, encoder: Encoder, side: Side, sides: Mapping[str, Side], histories: set[str], limit: int) -> None:
         schema, layout = encoder.schema, encoder.layout
+        self._encoder = encoder
         mine = [name for name in layout.names if sides[name] == side]
         self._sparse = [self._ids(encoder, c.name, limit) for c in layout.sparse if c.name in mine]
         self._dense = [(c.name, partial(encoder.encode_column, c.name)) for c in layout.dense if c.name in mine]
@@ -214,6 +219,7 @@ class _Side:
             context = {f.name for f in schema.fields if f.side == "context"}
             own += [name for name in self.histories_read if name not in own and name not in context]
         self.inputs = tuple(own)
+        self.scalars = {f.name for f in schema.fields if isinstance(f, SparseField | DenseField)} - set(self.histories_read)
 
     @staticmethod
     def _ids(encoder: Encoder, name: str, limit: int) -> tuple[str, _Memory | None, bool]:
@@ -231,10 +237,13 @@ class _Side:
             if memory is not None:
                 place = partial(_place, name, row)
                 values = columns[name]
-                sparse[:, i] = memory.ids(_or_none(_floats(values, place)) if number else _plain(values), place)
+                if isinstance(values, pa.Array):
+                    sparse[:, i] = self._encoder.encode_column(name, values, place)
+                else:
+                    sparse[:, i] = memory.ids(_or_none(_floats(values, place)) if number else _plain(values), place)
         for i, (name, scale) in enumerate(self._dense):
-            place = partial(_place, name, row)
-            dense[:, i] = scale(pa.array(_floats(columns[name], place)), place)
+            place, values = partial(_place, name, row), columns[name]
+            dense[:, i] = scale(values if isinstance(values, pa.Array) else pa.array(_floats(values, place)), place)
         sequences: dict[str, Ragged] = {}
         for f, memory in self._sequences:
             assert isinstance(f, SequenceField)
@@ -294,7 +303,8 @@ class _Memory:
             if type(value) is not _Odd and value not in known:
                 new.setdefault(value, at)
         places = list(new.values())
-        found = dict(zip(new, self._resolve(list(new), lambda i: place(places[i])).tolist(), strict=True))
+        raw = [value[1] if type(value) is tuple else value for value in new]
+        found = dict(zip(new, self._resolve(raw, lambda i: place(places[i])).tolist(), strict=True))
         if len(known) + len(found) <= self._limit:
             known.update(found)
         elif len(found) <= self._limit:
@@ -351,8 +361,9 @@ def _plain(values: Sequence[object]) -> Sequence[object]:
 
 
 def _simple(value: object) -> object:
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = _of_python(value)
+    if type(value) is bool:  # equal to 1 or 0, but another text
+        return bool, value
     if type(value) is float:
         if value != value:
             return None
@@ -360,6 +371,11 @@ def _simple(value: object) -> object:
             return int(value)
         return _Odd(value)
     return value if type(value) in _PLAIN else _Odd(value)
+
+
+def _of_python(value: object) -> object:
+    """A scalar of NumPy as one of Python; those that are times stay, since as integers they would have lost their unit."""
+    return value.item() if isinstance(value, _NUMPY) and not isinstance(value, np.timedelta64) else value
 
 
 class _Odd:
@@ -371,7 +387,11 @@ class _Odd:
 
 def _floats(values: Sequence[object], place: Place) -> npt.NDArray[np.float64]:
     """Numbers as float64, NaN where missing, exactly as :func:`.as_floats` reads them."""
-    if set(map(type, values)) <= _NUMBERS:
+    kinds = set(map(type, values))
+    if not kinds <= _PLAIN | _TOGETHER:
+        values = [_of_python(value) for value in values]
+        kinds = set(map(type, values))
+    if kinds <= _NUMBERS:
         try:
             x = np.array([np.nan if value is None else value for value in values], np.float64)
         except OverflowError:
@@ -379,7 +399,21 @@ def _floats(values: Sequence[object], place: Place) -> npt.NDArray[np.float64]:
         else:
             if not (np.abs(x) >= _ALL_INTEGERS).any():
                 return x
-    return np.array([_number(value, partial(place, at)) for at, value in enumerate(values)], np.float64)
+    x = np.full(len(values), np.nan)
+    for kind in kinds - {type(None)}:
+        at = [i for i, value in enumerate(values) if type(value) is kind]
+        x[at] = _numbers(kind, [values[i] for i in at], lambda i, at=at: place(at[i]))  # type: ignore[misc]
+    return x
+
+
+def _numbers(kind: type, values: list[object], place: Place) -> npt.NDArray[np.float64]:
+    """Numbers of one type."""
+    if kind in _TOGETHER:
+        try:
+            return as_floats(as_array(values), place)
+        except (pa.ArrowException, OverflowError, UnicodeError):  # of one value
+            pass
+    return np.array([_number(value, partial(place, i)) for i, value in enumerate(values)], np.float64)
 
 
 def _number(value: object, place: Callable[[], str]) -> float:
