@@ -125,6 +125,11 @@ def fit_calibration(
     if method == "platt":
         target_N = np.where(y_N > 0, (positive + 1) / (positive + 2), 1 / (negative + 2))
     slope, intercept = _line(z_N, target_N, w_N, with_intercept=method == "platt")
+    if slope <= 0 and method == "temperature":
+        raise DataError(
+            "no temperature above 0 fits these rows: it cannot move the level of the probabilities, which is wrong (as after "
+            "sampling of negatives), or the model ranks backwards; fit platt, which tells the two apart"
+        )
     if slope <= 0:
         raise DataError(
             "the model ranks these rows backwards (the fitted slope is not above 0); expected rows like its training rows"
@@ -139,20 +144,25 @@ def choose_calibration(
     """The method with the least log loss on validation rows that it was not fitted on: in two halves, each judged by the other.
 
     Returns:
-        The method, fitted on all rows, and the log loss of each one.
+        The method, fitted on all rows, and the log loss of each one; without temperature where it cannot be fitted.
 
     Raises:
-        DataError: as :func:`fit_calibration`, of either half.
+        DataError: as :func:`fit_calibration` of the other methods, of either half.
     """
     y_N, z_N, w_N = checked_rows(labels, logits, weight, "logits")
     half_N = np.random.default_rng(0).permutation(len(y_N)) % 2 == 0
     losses: dict[str, float] = {}
     for method in get_args(Method):
         total = 0.0
-        for fitted_N in (half_N, ~half_N):
-            found = fit_calibration(method, y_N[fitted_N], z_N[fitted_N], w_N[fitted_N])
-            judged_N = ~fitted_N
-            total += log_loss(y_N[judged_N], sigmoid(found.logits(z_N[judged_N])), w_N[judged_N]) * w_N[judged_N].sum()
+        try:
+            for fitted_N in (half_N, ~half_N):
+                found = fit_calibration(method, y_N[fitted_N], z_N[fitted_N], w_N[fitted_N])
+                judged_N = ~fitted_N
+                total += log_loss(y_N[judged_N], sigmoid(found.logits(z_N[judged_N])), w_N[judged_N]) * w_N[judged_N].sum()
+        except DataError:
+            if method == "temperature":  # which may not fit where the others do; what is wrong with the rows, they tell
+                continue
+            raise
         losses[method] = float(total / w_N.sum())
     best = min(losses, key=lambda method: losses[method])
     return fit_calibration(best, y_N, z_N, w_N, sampling_rate=sampling_rate), losses

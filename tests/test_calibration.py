@@ -90,6 +90,21 @@ def test_the_choice_is_by_rows_that_were_not_fitted() -> None:
     assert np.abs(right.logits(TRUTH) - TRUTH).mean() < 0.1
 
 
+def test_the_choice_goes_on_where_temperature_cannot_fit() -> None:
+    """Trained on 1 % of the negatives, calibrated on all rows: ln 100 too high."""
+    truth = RNG.normal(-3, 1, 20_000)
+    labels = (RNG.random(len(truth)) < sigmoid(truth)).astype(float)
+    high = truth + np.log(100)
+    with pytest.raises(DataError, match="it cannot move the level"):
+        fit_calibration("temperature", labels, high)
+    found, losses = choose_calibration(labels, high)
+    assert set(losses) == {"none", "platt", "isotonic"}
+    assert found.method in ("platt", "isotonic")
+    np.testing.assert_allclose(sigmoid(found.logits(high)).mean(), labels.mean(), rtol=0.01)
+    with pytest.raises(DataError, match="ranks these rows backwards"):
+        choose_calibration(labels, -high)
+
+
 def test_wrong_rows_and_options() -> None:
     with pytest.raises(ConfigError, match=r"'plat'; expected .*did you mean 'platt'"):
         fit_calibration("plat", LABELS, WRONG)
