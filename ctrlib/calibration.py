@@ -99,7 +99,7 @@ def fit_calibration(
         method: one of those, or ``none``.
         labels: [N] of 0 and 1.
         logits: [N].
-        weight: [N] row weights.
+        weight: [N] row weights; only how they compare matters, since they are scaled to a mean of 1.
         sampling_rate: share of the negatives that was kept, in training and in these rows alike; probabilities are then
             those of all rows (:func:`sampling_intercept`).
 
@@ -118,6 +118,8 @@ def fit_calibration(
     positive, negative = float(w_N @ y_N), float(w_N @ (1 - y_N))
     if not positive > 0 or not negative > 0:
         raise DataError("calibration needs rows with label 0 and rows with label 1; give more validation rows")
+    scale = np.count_nonzero(w_N) / (positive + negative)  # so that the sum is of rows, as Platt's targets take it to be
+    w_N, positive, negative = w_N * scale, positive * scale, negative * scale
     if method == "isotonic":
         x, y = _isotonic(z_N, y_N, w_N)
         return Calibration(method="isotonic", intercept=shift, x=tuple(x.tolist()), y=tuple(y.tolist()))

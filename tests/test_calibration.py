@@ -105,6 +105,19 @@ def test_the_choice_goes_on_where_temperature_cannot_fit() -> None:
         choose_calibration(labels, -high)
 
 
+@pytest.mark.parametrize("method", ["temperature", "platt", "isotonic"])
+def test_the_scale_of_row_weights_does_not_matter(method: str) -> None:
+    y, z, w = LABELS[:500], WRONG[:500], RNG.integers(1, 4, 500).astype(float)
+    expected = fit_calibration(method, y, z, w / w.mean())
+    for scale in (1e-4, 1.0, 1e5):
+        found = fit_calibration(method, np.append(y, 1), np.append(z, -9.0), np.append(w * scale, 0))  # a row of no weight
+        assert found.slope == pytest.approx(expected.slope, rel=1e-6)
+        assert found.intercept == pytest.approx(expected.intercept, rel=1e-6)
+        np.testing.assert_allclose(found.logits(z), expected.logits(z), rtol=1e-6, atol=1e-9)
+    plain, equal = fit_calibration(method, y, z), fit_calibration(method, y, z, np.full(500, 1e-3))
+    np.testing.assert_allclose(equal.logits(z), plain.logits(z), rtol=1e-6)
+
+
 def test_wrong_rows_and_options() -> None:
     with pytest.raises(ConfigError, match=r"'plat'; expected .*did you mean 'platt'"):
         fit_calibration("plat", LABELS, WRONG)
