@@ -21,7 +21,7 @@ from ctrlib.calibration import Calibration
 from ctrlib.config import Table, from_json, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import Source, open_source
-from ctrlib.files import WRITER, json_text, new_folder, sha256, write_json, write_text
+from ctrlib.files import WRITER, json_text, new_folder, sealed, sha256, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import DataError, Schema
@@ -134,7 +134,7 @@ def save(path: str | Path, encoder: Encoder, model: ModelComponent, config: Mode
             "encoder_hash": encoder.hash,
             "files": files,
         }
-        write_json(part / "artifact.json", _sealed(info))
+        write_json(part / "artifact.json", sealed(info))
 
 
 def calibrate(path: str | Path, calibrations: Mapping[str, Calibration]) -> None:
@@ -154,7 +154,7 @@ def calibrate(path: str | Path, calibrations: Mapping[str, Calibration]) -> None
     old = info.get("calibration")
     files = {file: found for file, found in info["files"].items() if file != old}
     info |= {"format": _FORMAT, "calibration": name, "files": {**files, name: digest}}
-    write_json(folder / "artifact.json", _sealed(info))
+    write_json(folder / "artifact.json", sealed(info))
     if old is not None and old != name:
         (folder / old).unlink(missing_ok=True)
 
@@ -211,16 +211,9 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(found, int) or found < _OLDEST:
         raise DataError(f"artifact {folder} has format {found!r}; this version reads {_OLDEST} to {_FORMAT}: train it again")
     kinds = {"files": dict, "fields": list, "labels": list}
-    if any(not isinstance(info.get(key), kind) for key, kind in kinds.items()) or (found >= 2 and info != _sealed(info)):
+    if any(not isinstance(info.get(key), kind) for key, kind in kinds.items()) or (found >= 2 and info != sealed(info)):
         raise DataError(f"artifact file {file} is damaged or was changed; copy the artifact again")
     return folder, info
-
-
-def _sealed(info: Mapping[str, Any]) -> dict[str, Any]:
-    """``artifact.json`` with the checksum of its own content."""
-    content = {key: value for key, value in info.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return {**content, "checksum": digest}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

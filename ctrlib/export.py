@@ -27,7 +27,7 @@ from ctrlib.calibration import calibrate_tasks, sigmoid
 from ctrlib.config import ConfigError, check_choice
 from ctrlib.data.requests import RequestEncoder
 from ctrlib.data.source import open_source
-from ctrlib.files import WRITER, new_folder, sha256, write_json
+from ctrlib.files import WRITER, new_folder, sealed, sha256, write_json
 from ctrlib.hoisting import export_model, flat_inputs
 from ctrlib.hoisting.program import ExportedBatch
 from ctrlib.metrics import auc
@@ -41,7 +41,8 @@ Rows = Literal["float32", "bfloat16", "int8"]
 Floats = npt.NDArray[np.float64]
 Run = Callable[[tuple[Tensor, ...]], npt.NDArray[np.float32]]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksum of its own
+_KEYS = {"sequences": list, "inputs": list, "labels": list, "files": dict}
 _CHECKED_ROWS = (1, 7, 64)
 
 
@@ -134,7 +135,7 @@ def export(artifact: Artifact, out: str | Path, format: str = "torch", *, rows: 
             _WRITERS[cast(Format, format)](model, example, sequences, part)
             files = (p for p in sorted(part.rglob("*")) if p.is_file() and p.name != WRITER)
             info["files"] = {str(p.relative_to(part)): sha256(p) for p in files}
-            write_json(part / "export.json", info)
+            write_json(part / "export.json", sealed(info))
             program = load_export(part)
             shown = [_probabilities(artifact, program.logits(batch).astype(np.float64)) for batch in samples]
             worst = _largest_difference(shown, reference)
@@ -144,6 +145,7 @@ def export(artifact: Artifact, out: str | Path, format: str = "torch", *, rows: 
                     f"{TOLERANCE:.0e}; nothing was written"
                 )
             info["difference"] = _largest_difference(shown, expected)
+            info = sealed(info)
             write_json(part / "export.json", info)
     return info
 
@@ -157,21 +159,26 @@ def load_export(path: str | Path) -> Program:
     """Open a folder written by :func:`export`.
 
     Raises:
-        DataError: not an export, of a newer format, or a file missing or damaged.
+        DataError: not an export, of another format, or a file missing or damaged.
         ConfigError: its runtime is not installed.
     """
     folder = Path(path)
     try:
         info = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        kind, found, files = info["kind"], info["format"], dict(info["files"])
+        kind, found = info["kind"], info["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no export, or its export.json is damaged ({error}); export the model again") from error
     if found != _FORMAT:
-        raise DataError(f"export {folder} has format {found}; this version reads {_FORMAT}: install the ctrlib that wrote it")
+        raise DataError(
+            f"export {folder} has format {found}; this version reads {_FORMAT}: export the model again, or install the ctrlib "
+            "that wrote it"
+        )
+    if info != sealed(info) or any(not isinstance(info.get(key), wanted) for key, wanted in _KEYS.items()):
+        raise DataError(f"export file {folder / 'export.json'} is damaged or was changed; export the model again")
     if kind not in _READERS:
         raise DataError(f"export {folder} is of kind {kind!r}; expected {', '.join(_READERS)}{suggest(str(kind), _READERS)}")
-    for name in {_FILES[cast(Format, kind)], *files}:
-        if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
+    for name in {_FILES[cast(Format, kind)], *info["files"]}:
+        if not (folder / name).is_file() or sha256(folder / name) != info["files"].get(name):
             raise DataError(f"export file {folder / name} is missing or damaged; export the model again")
     return Program(info, _READERS[cast(Format, kind)](folder))
 

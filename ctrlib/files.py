@@ -20,6 +20,13 @@ WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
 KEPT = "best.safetensors"
 
 
+def sealed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file with a checksum of its own."""
+    content = {key: value for key, value in info.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {**content, "checksum": digest}
+
+
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
     """A folder ``<target>.part`` that is renamed to ``target`` at the end of the block.

@@ -23,6 +23,7 @@ from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.experiment import DataOptions, configure, train
+from ctrlib.files import sealed
 from ctrlib.models.ctr import build_model
 from ctrlib.schema import DataError, Schema, SparseField
 from tests.clicks import FIELDS, SCHEMA, clicks, csv_text, tiny, write
@@ -236,7 +237,7 @@ def rewrite(name: str, edit: Callable[[str], str], *, rehash: bool = True) -> Ca
         if rehash:
             info = json.loads((folder / "artifact.json").read_text())
             info["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            (folder / "artifact.json").write_text(json.dumps(artifact._sealed(info)))
+            (folder / "artifact.json").write_text(json.dumps(sealed(info)))
 
     return damage
 
@@ -248,7 +249,7 @@ def remove(name: str) -> Callable[[Path], None]:
 def manifest(*, seal: bool = True, **changes: object) -> Callable[[Path], None]:
     def edit(text: str) -> str:
         info = {**json.loads(text), **changes}
-        return json.dumps(artifact._sealed(info) if seal else info)
+        return json.dumps(sealed(info) if seal else info)
 
     return rewrite("artifact.json", edit, rehash=False)
 

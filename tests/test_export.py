@@ -17,6 +17,7 @@ from ctrlib import export as exporting
 from ctrlib.artifact import Artifact
 from ctrlib.config import ConfigError
 from ctrlib.export import SmallRows, export, load_export, verify
+from ctrlib.files import sealed
 from ctrlib.ranking import TOLERANCE
 from ctrlib.schema import DataError
 from ctrlib.table import EmbeddingTable
@@ -124,17 +125,27 @@ def test_damaged_exports_and_wrong_options(loaded: Artifact, written: Path, tmp_
         with pytest.raises(DataError, match=f"{name} is missing or damaged"):
             load_export(copy)
     info = json.loads((written / "export.json").read_text())
-    for change, message in (
-        ({"format": 2}, "has format 2; this version reads 1"),
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"format": 1}, "has format 1; this version reads 2: export the model again"),
         ({"kind": "onxn"}, "is of kind 'onxn'; .*did you mean 'onnx'"),
         ({"files": {}}, "is missing or damaged"),
         ({"files": 3}, "export.json is damaged"),
-    ):
-        copy = tmp_path / f"{next(iter(change))}"
-        shutil.copytree(written, copy, dirs_exist_ok=True)
-        (copy / "export.json").write_text(json.dumps(info | change))
+        ({"sequences": None}, "export.json is damaged"),
+        ({"inputs": None}, "export.json is damaged"),
+    ]
+    copy = tmp_path / "changed"
+    shutil.copytree(written, copy)
+    for change, message in changes:
+        (copy / "export.json").write_text(json.dumps(sealed(info | change)))
         with pytest.raises(DataError, match=message):
             load_export(copy)
+    for change in ({"sequences": []}, {"inputs": info["inputs"][::-1]}, {"checksum": "0"}):
+        (copy / "export.json").write_text(json.dumps(info | change))
+        with pytest.raises(DataError, match=r"export.json is damaged or was changed"):
+            load_export(copy)
+    (copy / "export.json").write_text("[]")
+    with pytest.raises(DataError, match="is no export"):
+        load_export(copy)
     with pytest.raises(DataError, match="is no export"):
         load_export(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="format is 'onxn'"):
