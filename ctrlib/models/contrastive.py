@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, check_not_negative, fraction, positive
 from ctrlib.interactions.base import Interaction, build, evaluating
+from ctrlib.interactions.dice import Dice
 from ctrlib.losses import Similarity, info_nce
 from ctrlib.models.ctr import CTRModel, initialize
 from ctrlib.schema import OOV_ID, PADDING_ID, BatchLayout, suggest
@@ -69,7 +70,7 @@ class Contrast(nn.Module):
         L = ½·(−1/B) Σ_i [ln softmax_j(s(z′_i, z″_j)/τ)_i + ln softmax_j(s(z″_i, z′_j)/τ)_i]
 
     z′, z″ are the flattened outputs of the encoder. Rows that agree in all sparse ``fields`` are the same thing seen twice, so
-    they are left out of each other's denominators. It has no parameters of its own.
+    they are left out of each other's denominators. Rows of weight 0 are left out of it all. It has no parameters of its own.
 
     Args:
         config: see :class:`ContrastConfig`.
@@ -107,6 +108,7 @@ class Contrast(nn.Module):
             temperature=self.config.temperature,
             similarity=self.config.similarity,
             exclude_BB=self.identity.same(batch),
+            rows_B=batch.counted,
             symmetric=True,
         )
 
@@ -118,10 +120,10 @@ def check_encoder(what: str, block: Interaction) -> None:
             f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a "
             "block that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
         )
-    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in block.modules()):
+    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | Dice) for m in block.modules()):
         raise ConfigError(
-            f"{what} ({type(block).__name__}) has batch norms, whose running statistics would be those of views and whole rows "
-            "mixed; set encoder to a block of its own, or choose another norm"
+            f"{what} ({type(block).__name__}) has batch norms or dice activations, whose running statistics would be those of "
+            "views and whole rows mixed; set encoder to a block of its own, or choose another norm and activation"
         )
 
 

@@ -289,5 +289,7 @@ def test_errors() -> None:
         make(contrastive(CTRModel.Config(interaction=FM.Config(), head=None)))
     with pytest.raises(ConfigError, match=r"the interaction \(MLP\) has batch norms"):
         make(contrastive(CTRModel.Config(interaction=MLP.Config(hidden_units=(8,), norm="batch"))))
+    with pytest.raises(ConfigError, match=r"the interaction \(MLP\) has .*dice activations, whose running statistics"):
+        make(contrastive(CTRModel.Config(interaction=MLP.Config(hidden_units=(8,), activation="dice"))))
     with pytest.raises(ConfigError, match="the model is a FinalMLPModel; expected a CTRModel"):
         contrastive(preset("final_mlp"))  # type: ignore[arg-type]
