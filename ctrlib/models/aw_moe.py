@@ -156,8 +156,8 @@ class AWMoE(ModelComponent):
                 raise ConfigError(f"AWMoE.context is {self.context!r}, but query names no field; name the fields of the query")
             if self.gate_bias and self.empty_gate != "learned":
                 raise ConfigError(
-                    f"AWMoE.gate_bias adds a learned vector to every gate, but empty_gate {self.empty_gate!r} fixes those of empty "
-                    "histories; set empty_gate to 'learned', or gate_bias to false"
+                    f"AWMoE.gate_bias adds a learned vector to every gate, but empty_gate {self.empty_gate!r} fixes those of "
+                    "empty histories; set empty_gate to 'learned', or gate_bias to false"
                 )
             if self.share_activation_unit and not self.use_activation_unit:
                 raise ConfigError("AWMoE.share_activation_unit needs use_activation_unit; set one of the two otherwise")

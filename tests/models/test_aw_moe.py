@@ -616,7 +616,7 @@ def test_options_by_path() -> None:
         (lambda: AWMoE.Config(pool=cast(Any, "average")), "AWMoE.pool is 'average'"),
         (lambda: AWMoE.Config(gate_norm=cast(Any, "softmaxx")), "did you mean 'softmax'"),
         (lambda: AWMoE.Config(empty_gate=cast(Any, "zero")), "did you mean 'zeros'"),
-        (lambda: AWMoE.Config(empty_gate="zeros", gate_bias=True), "gate_bias adds .* empty_gate 'zeros' fixes those of empty"),
+        (lambda: AWMoE.Config(empty_gate="zeros", gate_bias=True), "gate_bias adds .* empty_gate 'zeros' fixes those"),
         (lambda: AWMoE.Config(empty_gate="uniform", gate_bias=True), "set empty_gate to 'learned', or gate_bias to false"),
         (lambda: AWMoE.Config(top_k=0), "top_k is 0"),
         (lambda: AWMoE.Config(expert_dim=0), "expert_dim is 0"),
@@ -643,7 +643,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="shares a vocabulary with a field of the candidate; set shares"):
         aw_moe(two, history="views")
     unlike = FeatureEmbedding.Config(fields=("user", "hour", "item", "hist_category", "hist_gap"))
-    with pytest.raises(ConfigError, match=r"AWMoE compares .* expected both of: hist_item and item, hist_category and category"):
+    with pytest.raises(ConfigError, match=r"AWMoE compares .* both of: hist_item and item, hist_category and category"):
         aw_moe(embedding=unlike)
     assert aw_moe(embedding=unlike, context="query", query=("hour",)).history == "history"
     with pytest.raises(ConfigError, match="query names 'our', which the model does not read; did you mean 'hour'"):
