@@ -75,6 +75,11 @@ class Batch:
     def __len__(self) -> int:
         return self.sparse.shape[0]
 
+    @property
+    def counted(self) -> Tensor | None:
+        """[B] bool: which rows weigh more than 0, so that losses may learn from them; ``None``: all do."""
+        return None if self.weight is None else self.weight > 0
+
     def to(self, device: torch.device | str) -> Batch:
         """The same rows on ``device``; from pinned memory without waiting for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -120,11 +120,13 @@ def history_segments(lengths: ArrayLike, thresholds: Sequence[int] = LONG_TAIL) 
     """The bucket of every length: with thresholds 1, 3, 5, 10 they are ``0``, ``1``, ``2-3``, ``4-5``, ``6-10``, ``>10``.
 
     Raises:
-        DataError: a negative length, or thresholds that do not rise from 1 or more.
+        DataError: a length that is negative or not finite, or thresholds that do not rise from 1 or more.
     """
     length_N, names = np.asarray(lengths), _bucket_names(thresholds)
-    if len(length_N) and length_N.min() < 0:
-        raise DataError(f"a history has length {length_N.min()}; expected 0 or more")
+    wrong_N = ~((length_N >= 0) & np.isfinite(length_N))
+    if wrong_N.any():
+        at = int(np.argmax(wrong_N))
+        raise DataError(f"the history of row {at + 1} has length {length_N[at]}; expected a finite number of 0 or more")
     return [names[i] for i in np.searchsorted([0, *thresholds], length_N).tolist()]
 
 

@@ -6,9 +6,9 @@ The raw folder holds train.csv, dev.csv and test.csv (user_id, item_id, time, se
 interactions a user, the last two in dev and test) and item_meta.csv (item_id, i_category). Writes train.parquet, valid.parquet,
 test.parquet and schema.json.
 
-An impression is an interaction or a random item that the user never met; its history are the user's interactions before. Times
-are days: interactions of the same day stand in the order of the file, and the leak guard of the schema drops those that are of
-the day of the impression, since their order is not known.
+An impression is an interaction or a random item that the user did not meet; its history are the user's interactions before.
+Times are days: interactions of the same day stand in the order of the file, and the leak guard of the schema drops those that
+are of the day of the impression, since their order is not known.
 """
 
 from __future__ import annotations

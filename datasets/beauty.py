@@ -5,7 +5,7 @@
 The raw folder holds Beauty.txt (a line a user: "user item item …" in order of time; the times themselves are not known) and
 Beauty_item2attributes.json (lists of attribute ids by item). Writes train.parquet, valid.parquet, test.parquet and schema.json.
 
-An impression is an interaction or a random item that the user never met; its history are the user's interactions before.
+An impression is an interaction or a random item that the user did not meet; its history are the user's interactions before.
 """
 
 from __future__ import annotations

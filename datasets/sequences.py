@@ -1,7 +1,8 @@
 """What the scripts for behaviour sequences share: leave-one-out splits, sessions with negatives, histories as lists.
 
-Every interaction of a user is an impression that was clicked. Together with random items that the user never met
+Every interaction of a user is an impression that was clicked. Together with random items that the user did not meet
 (:func:`ctrlib.data.negatives.sample_negatives`) it is a session; the history of its rows are the user's interactions before.
+What counts as met is what a split knows: for training rows the training rows, for validation also those of validation.
 """
 
 from __future__ import annotations
@@ -72,15 +73,16 @@ class Interactions:
             fields += [("hist_time", pa.list_(pa.int64())), ("time", pa.int64())]
         return pa.schema(fields)
 
-    def sessions(self, places_S: Ints, negatives: int, seed: tuple[int, int]) -> Iterator[Any]:
-        """The rows of some impressions, session by session, as Arrow tables.
+    def sessions(self, places_S: Ints, known_K: Ints, negatives: int, seed: tuple[int, int]) -> Iterator[Any]:
+        """The rows of some impressions, session by session, as Arrow tables; no negative is an item of ``known_K``, the places
+        of what may be known of users.
 
         A session has 1 + ``negatives`` rows in random order (so that scores that are all equal find the positive by chance
         only). ``session`` is the place of its positive among all interactions, and so different for every one.
         """
         first_M = self.first
         num_items = len(next(iter(self.items.values())))
-        drawn_SC = sample_negatives(first_M[places_S], first_M, self.item, num_items, negatives, seed=seed)
+        drawn_SC = sample_negatives(first_M[places_S], first_M[known_K], self.item[known_K], num_items, negatives, seed=seed)
         items_SC = np.concatenate([self.item[places_S, None], drawn_SC], axis=1)
         order_SC = np.argsort(np.random.default_rng((*seed, 1)).random(items_SC.shape), axis=1)
         items_SC = np.take_along_axis(items_SC, order_SC, axis=1)
@@ -115,15 +117,17 @@ def write(
 ) -> tuple[common.OutputFile, ...]:
     """Write the sessions of each split to ``out``, and the schema."""
     files = []
+    known = np.zeros(0, np.int64)
     for number, (split, places) in enumerate(data.leave_one_out().items()):
         count = train_negatives if split == "train" else eval_negatives
-        files.append(
-            common.write_parquet(data.sessions(places, count, (seed, number)), data.schema(), out / f"{split}.parquet")
-        )
+        known = np.append(known, places)  # held-out interactions of later splits decide nothing, not even what is no negative
+        sessions = data.sessions(places, known, count, (seed, number))
+        files.append(common.write_parquet(sessions, data.schema(), out / f"{split}.parquet"))
         lengths = (places - data.first[places]).tolist()
         print(f"{split}: {len(places):,} sessions, mean history {sum(lengths) / max(len(lengths), 1):.2f}")
     schema.save(out / "schema.json")
-    print(f"negatives: {train_negatives} a training session, {eval_negatives} else; uniform over unseen items, seed {seed}")
+    law = f"uniform over items not met by then, seed {seed}"
+    print(f"negatives: {train_negatives} a training session, {eval_negatives} else; {law}")
     print(terms)
     return tuple(files)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def test_places_equal_a_loop(catalogue: data.Catalogue, parts: data.Parts, disti
         for user in np.unique(catalogue.liker[wanted]).tolist():
             liked = set(catalogue.liked[catalogue.liker == user].tolist())
             others = [i for i in range(80) if parts.kind[i] == kind and i not in liked]
+            assert kind == "cold" or set(others) <= set(catalogue.liked[parts.train].tolist())
             targets = catalogue.liked[wanted & (catalogue.liker == user)].tolist()
             for target in targets:
                 above = sum(scores[user, i] > scores[user, target] for i in others)
@@ -137,6 +139,23 @@ def test_places_equal_a_loop(catalogue: data.Catalogue, parts: data.Parts, disti
             assert metrics["recall@10"] == pytest.approx(np.mean(recall), abs=0.02)  # a few of 1000 scores tie
         if metrics["items"] <= ranking.SAMPLED:  # then all others are drawn
             assert metrics["hr@10 of 101"] == pytest.approx(metrics["hr@10"])
+
+
+def test_items_that_nobody_likes_in_training_are_in_no_pool(catalogue: data.Catalogue, parts: data.Parts) -> None:
+    """They are cold, whatever they were drawn to be; a model that ranks them first gains nothing."""
+    of = catalogue.liked
+    warm = int(of[parts.test & (parts.kind[of] == "warm")][0])
+    unlearned = replace(parts, train=parts.train & (of != warm))
+    scores = np.zeros((60, 80))
+    scores[:, warm] = 1
+    before, after = (ranking.evaluate(lambda users: scores[users], catalogue, p, 1000, 0) for p in (parts, unlearned))
+    for pool, kind_P in (("warm", parts.test & (parts.kind[of] == "warm")), ("cold users", parts.cold_users)):
+        assert after[pool]["items"] == before[pool]["items"] - 1
+        assert after[pool]["queries"] == before[pool]["queries"] - (kind_P & (of == warm)).sum()
+    for pool in ("few", "cold"):
+        assert after[pool] == before[pool]
+    constant = ranking.evaluate(lambda users: np.zeros((60, 80))[users], catalogue, unlearned, 1000, 0)
+    assert after["warm"] == constant["warm"]
 
 
 def test_popularity_knows_nothing_of_cold_items(catalogue: data.Catalogue, parts: data.Parts) -> None:
@@ -198,7 +217,9 @@ def test_page() -> None:
     assert "What was asked" not in text
     results["mf"] = _runs(0.04)
     assert "* 2.20 times *popularity*" in cold.page(results)
-    assert "above every model with ids (asked: above); the best of these is *deepfm* with" in cold.page(results)
+    assert "above every other model with ids (asked: above); the best of these is *contrastive_cross* with 0.2100" in cold.page(
+        results
+    )
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:

@@ -162,6 +162,9 @@ def test_history_segments() -> None:
     assert names == ["0", "1", "2-3", "2-3", "4-5", "4-5", "6-10", "6-10", ">10", ">10"]
     assert history_segments([0, 1, 2, 3], thresholds=(2,)) == ["0", "1-2", "1-2", ">2"]
     assert history_segments([]) == []
+    for wrong in (np.nan, np.inf, -np.inf, -1.0):
+        with pytest.raises(DataError, match=f"the history of row 2 has length {wrong}; expected a finite number of 0 or more"):
+            history_segments([3.0, wrong])
 
 
 def test_by_history_length_is_the_metrics_of_the_rows() -> None:
@@ -212,7 +215,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         rank_groups([0, 1], [0.1, 0.2], [1.0, 1.0])
     with pytest.raises(DataError, match=r"lengths are of shape \(1,\)"):
         by_history_length([1], [0, 1], [0.1, 0.2], [1, 1])
-    with pytest.raises(DataError, match="a history has length -1"):
+    with pytest.raises(DataError, match="the history of row 1 has length -1"):
         history_segments([-1])
     for wrong in ((), (0, 1), (3, 3)):
         with pytest.raises(DataError, match="expected lengths that rise, from 1 or more"):

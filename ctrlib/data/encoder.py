@@ -127,17 +127,20 @@ class Encoder:
         vocabularies: by table name (the field's own, or that of the field it shares with); that of a cross holds its keys
             (:func:`.cross_keys`).
         numeric: what each dense field learned, except ``criteo_log`` fields, which have a vocabulary.
+        clocks: by history, whether its times were timestamps or dates, and not numbers; one is absent where that is not known.
     """
 
     schema: Schema
     vocabularies: Mapping[str, Vocabulary | HashBuckets]
     numeric: Mapping[str, Numeric]
+    clocks: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def fit(cls, schema: Schema, source: object, *, cross_memory_mb: float | None = None) -> Encoder:
         """Learn vocabularies and statistics from ``source``: the *training* rows and no others.
 
-        Crosses take a second pass, once the ids of the fields that they cross are known.
+        Crosses take a second pass, once the ids of the fields that they cross are known. Of histories, only behaviours are
+        counted that :meth:`encode` lets through.
 
         Args:
             schema: the fields to encode.
@@ -145,8 +148,8 @@ class Encoder:
             cross_memory_mb: what crosses may take in training, see :func:`.fit_crosses`; ``None``: half of the free memory.
 
         Raises:
-            DataError: a declared column is missing, has only missing values, or holds values of the wrong kind; or crosses
-                would take too much memory.
+            DataError: a declared column is missing, has only missing values, or holds values of the wrong kind; a history
+                cannot be read, or is refused for its leaks; or crosses would take too much memory.
         """
         table = open_source(source, "the training table")
         if not schema.fields:
@@ -170,13 +173,14 @@ class Encoder:
             schema.with_only(f for f in schema.fields if not isinstance(f, CrossField)),
             {n: v for n, v in learned.items() if isinstance(v, Vocabulary | HashBuckets)},
             {n: v for n, v in learned.items() if isinstance(v, Numeric)},
+            {h.name: clock for h in schema.histories if (clock := _clock(h, schema.time, table)) is not None},
         )
         if not crosses:
             return plain
         parts = plain._parts({name for cross in crosses for name in cross.of})
         blocks = (block.sparse for block in parts.encode(table, labels=False))
         found = fit_crosses(crosses, parts.layout.sparse, blocks, table.num_rows, cross_memory_mb)
-        return cls(schema, {**plain.vocabularies, **found}, plain.numeric)
+        return cls(schema, {**plain.vocabularies, **found}, plain.numeric, plain.clocks)
 
     def _parts(self, names: Collection[str]) -> Encoder:
         """An encoder of these fields of categories only, each with a vocabulary of its own."""
@@ -249,7 +253,8 @@ class Encoder:
         if table.num_rows == 0:
             return
         own = self._columns(table, special)
-        columns: list[_Column | _Behaviours | _Cross] = [*own, *self._histories(table), *self._crosses()]
+        histories = [_behaviours(h, self.schema.time, table, self.clocks.get(h.name)) for h in self.schema.histories]
+        columns: list[_Column | _Behaviours | _Cross] = [*own, *histories, *self._crosses()]
         starts = range(0, table.num_rows, block_rows)
         blocks = (_Block(columns, start, min(block_rows, table.num_rows - start)) for start in starts)
         threads = min(cpu_count() or 1, len(columns)) if table.num_rows > _FEW_ROWS else 1
@@ -327,20 +332,6 @@ class Encoder:
             crosses.append(_Cross(at[f.name], (first, second), size, self.vocabularies[f.name]))
         return crosses
 
-    def _histories(self, table: Source) -> list[_Behaviours]:
-        histories = []
-        for h in self.schema.histories:
-            if h.times is not None and self.schema.time is not None:
-                clocks = [_is_clock(table.types[name]) for name in (h.times, self.schema.time)]
-                if set(clocks) == {False, True}:
-                    raise DataError(
-                        f"{table.name}: column {h.times!r} of history {h.name!r} holds {table.types[h.times]}, and the row's "
-                        f"time {self.schema.time!r} {table.types[self.schema.time]}; expected numbers in "
-                        "both, or timestamps in both"
-                    )
-            histories.append(_Behaviours(h, self.schema.time, table))
-        return histories
-
     def _ids(self, f: Field, array: Any, describe: Describe) -> Ids:
         assert isinstance(f, SparseField | DenseField)
         if isinstance(f, DenseField) and f.encoding == "bucket":
@@ -366,7 +357,7 @@ class Encoder:
         """An encoder of these sequence fields only, for the histories that they belong to; each has a vocabulary of its own."""
         kept = [replace(f, shares=None) for f in self.schema.fields if f.name in names and isinstance(f, SequenceField)]
         tables = {f.name: self.vocabularies[vocabulary_name(self.schema[f.name])] for f in kept}
-        return Encoder(self.schema.with_only(kept), tables, {})
+        return Encoder(self.schema.with_only(kept), tables, {}, self.clocks)
 
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, ...]:
         """Ids of all values, the length of every list, and if nested, how many values every behaviour has."""
@@ -398,7 +389,9 @@ class Encoder:
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
-        return {"schema": self.schema.to_json(), "numeric": {n: asdict(v) for n, v in sorted(self.numeric.items())}}
+        data = {"schema": self.schema.to_json(), "numeric": {n: asdict(v) for n, v in sorted(self.numeric.items())}}
+        clocks = {h.name: self.clocks[h.name] for h in self.schema.histories if h.name in self.clocks}
+        return data | ({"clocks": clocks} if clocks else {})
 
     def save(self, folder: Path) -> None:
         """Write ``schema.json``, ``encoder.json`` and ``vocabularies/*.parquet`` into an existing folder."""
@@ -415,7 +408,8 @@ class Encoder:
             files[name] = file | {option: value for option, value in dropped.items() if value}
             tables.append((folder / f"vocabularies/{i:04d}.parquet", vocabulary))
         parallel(_write_vocabulary, tables)
-        data = {"hash": self.hash, "numeric": self._json()["numeric"], "vocabularies": files}
+        learned = {name: value for name, value in self._json().items() if name != "schema"}
+        data = {"hash": self.hash, **learned, "vocabularies": files}
         (folder / "encoder.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -438,10 +432,11 @@ class Encoder:
                     dropped = int(entry.get("dropped", 0)), bool(entry.get("oov_dropped", False))
                     vocabularies[name] = Vocabulary(value, count.to_numpy(), *dropped)
             numeric = {n: Numeric(**{**v, "edges": tuple(v["edges"])}) for n, v in data["numeric"].items()}
+            clocks = {str(name): bool(clock) for name, clock in data.get("clocks", {}).items()}
             expected = data["hash"]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise DataError(f"encoder in {folder}: missing or damaged ({error}); make it again") from error
-        encoder = cls(schema, vocabularies, numeric)
+        encoder = cls(schema, vocabularies, numeric, clocks)
         if encoder.hash != expected:
             raise DataError(f"encoder in {folder}: its content differs from what was saved; make it again")
         return encoder
@@ -619,6 +614,36 @@ class _Behaviours:
         return f"{at - first + 1} of {end - first}"
 
 
+def _behaviours(h: History, time: str | None, table: Source, clock: bool | None = None) -> _Behaviours:
+    """A history of a table, whose times are of one kind: that of training (``clock``), where it is known.
+
+    Raises:
+        DataError: they are not.
+    """
+    if h.times is not None:
+        kinds = {name: _is_clock(table.types[name]) for name in (h.times, time) if name is not None}
+        if time is not None and {*kinds.values()} == {False, True}:
+            raise DataError(
+                f"{table.name}: column {h.times!r} of history {h.name!r} holds {table.types[h.times]}, and the row's "
+                f"time {time!r} {table.types[time]}; expected numbers in both, or timestamps in both"
+            )
+        for name, kind in kinds.items():
+            if clock is not None and kind is not None and kind != clock:
+                raise DataError(
+                    f"{table.name}: column {name!r} of history {h.name!r} holds {table.types[name]}, but training had "
+                    f"{'timestamps or dates' if clock else 'numbers'}; expected times of the same kind"
+                )
+    return _Behaviours(h, time, table)
+
+
+def _clock(h: History, time: str | None, table: Source) -> bool | None:
+    """Whether a history has timestamps or dates; ``None``: it has no times, or they are all missing."""
+    if h.times is None:
+        return None
+    own = _is_clock(table.types[h.times])
+    return own if own is not None or time is None else _is_clock(table.types[time])
+
+
 def keep_behaviours(kept_N: npt.NDArray[np.bool_], values: Ids, inner: Ids | None = None) -> tuple[Ids, ...]:
     """The values of the behaviours that are kept, and if every behaviour has ``inner`` of them, also how many each has."""
     if inner is None:
@@ -728,13 +753,18 @@ def _fit_vocabulary(
     kinds = {str(key_type(table.types[f.name])): key_type(table.types[f.name]) for f in members}
     kind = pa.large_string() if len(kinds) > 1 or _separated(members) else next(iter(kinds.values()))
     counter = ValueCounter(kind)
+    histories = {member: h for h in schema.histories for member in h.fields}
     for f in members:
-        for array, describe in _blocks(f.name, table, bar, _as_text(f, kind)):
-            if isinstance(f, SequenceField):
+        if isinstance(f, SequenceField) and f.name in histories:
+            blocks = _known_values(histories[f.name], schema.time, f, table, bar, _as_text(f, kind))
+        else:
+            blocks = _blocks(f.name, table, bar, _as_text(f, kind))
+        for array, describe in blocks:
+            if isinstance(f, SequenceField) and f.name not in histories:
                 array, _, _, describe = _flat(f, array, describe)
             counter.update(_keys(array, kind, describe))
     if not len(counter.result()[0]):
-        raise _all_missing(name, table)
+        raise _all_missing(name, table, guarded=not histories.keys().isdisjoint(f.name for f in members))
     return Vocabulary.fit(counter, owner.min_count, owner.max_size)
 
 
@@ -747,6 +777,30 @@ def _keys(array: Any, kind: Any, describe: Describe) -> Any:
             "it text or an integer"
         )
     return as_keys(array, kind, describe)
+
+
+def _known_values(
+    h: History, time: str | None, f: SequenceField, table: Source, bar: Tracker, text: bool
+) -> Iterator[tuple[Any, Describe]]:
+    """The values of an attribute of a history in those behaviours that encoding lets through, and the place of each."""
+    behaviours = _behaviours(replace(h, fields=(f.name,), gaps=None), time, table)
+    read = table.blocks(f.name, text=text)
+    times = None if h.times is None else table.blocks(h.times)
+    now = None if times is None or time is None else table.blocks(time)
+    start = 0
+    for array in read:
+        values, lengths, inner, place = _flat(f, array, _describe(f.name, table, start))
+        block = _Block((), start, len(array))
+        block.lists["sequences", f.name] = np.arange(len(values)), lengths, *(() if inner is None else (inner,))
+        if h.times is not None and times is not None:
+            block.lists["times", h.times] = _time_lists(h.times, next(times), _describe(h.times, table, start))
+        if time is not None and now is not None:
+            block.lists["time", time] = _row_times(next(now), _describe(time, table, start))
+        behaviours.fill(block)
+        kept = block.lists["sequences", f.name][0]
+        yield values.take(pa.array(kept)), lambda at, kept=kept, place=place: place(int(kept[at]))  # type: ignore[misc]
+        start += len(array)
+        bar.advance(len(array))
 
 
 def _separated(members: list[SparseField | SequenceField]) -> bool:
@@ -776,8 +830,9 @@ def _fit_dense(f: DenseField, table: Source, bar: Tracker) -> Numeric | Vocabula
     return Numeric(encoding=f.encoding, missing=missing, offset=mean, scale=std)
 
 
-def _all_missing(name: str, table: Source) -> DataError:
-    return DataError(f"column {name!r} of {table.name} has only missing values in the training rows; remove the field")
+def _all_missing(name: str, table: Source, guarded: bool = False) -> DataError:
+    leaks = ", or behaviours that are not before the time of their row" if guarded else ""
+    return DataError(f"column {name!r} of {table.name} has only missing values{leaks} in the training rows; remove the field")
 
 
 def _category_keys(x: Floats, describe: Describe) -> Any:

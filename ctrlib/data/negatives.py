@@ -1,4 +1,4 @@
-"""Negatives for implicit feedback: items that a user never met, from a fixed seed."""
+"""Negatives for implicit feedback: items that a user did not meet, from a fixed seed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Ints = npt.NDArray[np.int64]
 def sample_negatives(
     users_N: Ints, seen_users_M: Ints, seen_items_M: Ints, num_items: int, count: int, *, seed: int | Sequence[int]
 ) -> Ints:
-    """For each of N impressions, ``count`` different items that its user never met.
+    """For each of N impressions, ``count`` different items that its user did not meet.
 
     The law: uniform over all sets of ``count`` items of the catalogue 0, …, ``num_items`` − 1 without those that the user met
-    at any time, also later. So a negative is never a later positive, and nothing depends on popularity. Impressions are
-    independent of each other, those of one user too.
+    in the given pairs; nothing depends on popularity. Impressions are independent of each other, those of one user too. For
+    training rows give the pairs of training only: negatives that avoid held-out positives tell which they are.
 
     Args:
         users_N: [N] the user of each impression, 0 or more.
-        seen_users_M, seen_items_M: [M] who met what, in any order; pairs may repeat.
+        seen_users_M, seen_items_M: [M] who met what, in any order; pairs may repeat. Integers of any kind and size.
         num_items: size of the catalogue.
         count: negatives an impression.
         seed: of the draw; the same seed and inputs give the same items.
@@ -40,9 +40,11 @@ def sample_negatives(
         )
     if min(users_N.min(initial=0), seen_users_M.min(initial=0)) < 0:
         raise DataError("a user has a number below 0; expected 0 or more: number them first")
-    met_K = np.unique(seen_users_M * num_items + seen_items_M)
-    num_users = 1 + max(users_N.max(initial=-1), seen_users_M.max(initial=-1))
-    left_N = num_items - np.bincount(met_K // num_items, minlength=num_users)[users_N]
+    # Users are numbered anew, so that neither memory nor a product of user and item depends on how large their numbers are.
+    ids_U, user_A = np.unique(np.concatenate([users_N, seen_users_M]), return_inverse=True)
+    number_N, seen_M = np.split(user_A.astype(np.int64), [len(users_N)])
+    met_K = np.unique(seen_M * num_items + seen_items_M.astype(np.int64))
+    left_N = num_items - np.bincount(met_K // num_items, minlength=len(ids_U))[number_N]
     if (left_N < count).any():
         at = int(np.argmin(left_N))
         raise DataError(
@@ -54,7 +56,7 @@ def sample_negatives(
     open_O = np.arange(len(users_N))  # impressions that may have a wrong item
     while len(open_O):
         items_OC = items_NC[open_O]
-        wrong_OC = _among(users_N[open_O, None] * num_items + items_OC, met_K) | _repeated(items_OC)
+        wrong_OC = _among(number_N[open_O, None] * num_items + items_OC, met_K) | _repeated(items_OC)
         # A draw that is wrong is drawn again: no item is treated unlike another, so all sets stay equally likely.
         items_OC[wrong_OC] = rng.integers(num_items, size=int(wrong_OC.sum()))
         items_NC[open_O] = items_OC

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -211,6 +212,13 @@ class _Side:
         self._sequences = [(schema[name], _Memory(partial(_resolved, encoder, name), limit)) for name in plain]
         self._behaviours = [name for name in mine if name in histories]
         self._history_encoder = encoder.of_histories(self._behaviours) if self._behaviours else None
+        self._name = "the context" if side == "context" else "the candidates"
+        self._times: dict[str, bool] = {}  # columns of times, and whether training had timestamps
+        if self._history_encoder is not None:
+            known = self._history_encoder.schema
+            for h in known.histories:
+                if h.times is not None and h.name in encoder.clocks:
+                    self._times |= dict.fromkeys([h.times, *([known.time] if known.time else [])], encoder.clocks[h.name])
         self.histories_read = () if self._history_encoder is None else self._history_encoder.schema.inputs
         own = [f.name for f in schema.fields if f.side == side and not isinstance(f, CrossField)]
         if side == "context":  # times are those of the request
@@ -249,7 +257,7 @@ class _Side:
             assert isinstance(f, SequenceField)
             sequences[f.name] = _sequence(f, memory, columns[f.name], partial(_place, f.name, row))
         if self._history_encoder is not None:
-            sequences |= self._histories(columns, count)
+            sequences |= self._histories(columns, count, row)
         return Encoded(sparse, dense, sequences)
 
     def check(self, name: str, values: Sequence[object], row: Place) -> None:
@@ -270,15 +278,17 @@ class _Side:
                 assert isinstance(f, SequenceField)
                 _sequence(f, memory, values, place)
 
-    def _histories(self, columns: Columns, count: int) -> dict[str, Ragged]:
+    def _histories(self, columns: Columns, count: int, row: Place) -> dict[str, Ragged]:
         assert self._history_encoder is not None
         if not count:
             nothing, start = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
             nested = {c.name for c in self._history_encoder.layout.sequences if c.nested}
             return {name: Ragged(nothing, start, start if name in nested else None) for name in self._behaviours}
         rows = {name: columns[name] for name in self._history_encoder.schema.inputs}
+        for name, clock in self._times.items():
+            rows[name] = [_time(value, clock, partial(_place, name, row, at)) for at, value in enumerate(rows[name])]
         try:
-            batch = self._history_encoder.transform(rows)
+            batch = self._history_encoder.transform(open_source(rows, self._name))
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
             raise DataError(f"the columns of a history cannot be read ({error!s:.200})") from error
         return {name: batch.sequences[name] for name in self._behaviours}
@@ -434,6 +444,21 @@ def _sequence(f: SequenceField, memory: _Memory, rows: Sequence[object], place: 
     offsets = np.zeros(len(lists) + 1, np.int32)
     np.cumsum([len(values) for values in lists], out=offsets[1:])
     return Ragged(torch.tensor(ids, dtype=torch.int32), torch.from_numpy(offsets))
+
+
+def _time(value: object, clock: bool, place: Callable[[], str]) -> object:
+    """A time, or a list of times, in which text is read as ISO 8601; times without a zone are in UTC."""
+    if isinstance(value, list | tuple):
+        return [_time(one, clock, place) for one in value]
+    if not isinstance(value, str):
+        return value
+    if not clock:
+        raise DataError(f"{place()}: {value!r:.80} is text, but training had numbers; expected times of the same kind")
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise DataError(f"{place()}: {value!r:.80} is no time; expected ISO 8601, such as '2024-05-01T12:30:00'") from error
+    return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _list(f: SequenceField, value: object, place: Callable[[], str]) -> Sequence[object]:

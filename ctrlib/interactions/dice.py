@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,3 +33,16 @@ class Dice(nn.Module):
         normed_NU = F.batch_norm(s_NU, self.mean, self.variance, training=training, momentum=self.momentum, eps=self.eps)
         p_NU = torch.sigmoid(normed_NU)
         return s_NU * (p_NU + (1 - p_NU) * self.alpha)
+
+
+@contextmanager
+def unrecorded(module: nn.Module) -> Iterator[None]:
+    """Inside, the :class:`Dice` of a module leave their running averages alone: rows that no evaluation will see pass by."""
+    found = [(m, m.momentum) for m in module.modules() if isinstance(m, Dice)]
+    for dice, _ in found:
+        dice.momentum = 0.0
+    try:
+        yield
+    finally:
+        for dice, momentum in found:
+            dice.momentum = momentum

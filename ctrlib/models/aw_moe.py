@@ -16,6 +16,7 @@ from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, check_not_negative, positive
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.base import Axes, evaluating, numbered
+from ctrlib.interactions.dice import unrecorded
 from ctrlib.interactions.mlp import MLP
 from ctrlib.losses import NegativesFrom, Similarity, info_nce
 from ctrlib.models.behaviours import (
@@ -116,8 +117,9 @@ class AWMoE(ModelComponent):
             pool: Σ_j as it is, over n, or over √n; of the gate alone.
             gate_norm: of g: none, softmax, or softmax over the ``top_k`` largest.
             top_k: see ``gate_norm``.
-            empty_gate: g of a row without behaviours: a learned vector, 1/K for all, or zeros, by which all its logits are 0.
-            gate_bias: add the learned vector to every gate, not only to empty ones.
+            empty_gate: g of a row without behaviours: a learned vector, 1/K for all, or zeros, by which all its logits are 0
+                (with ``expert_dim`` the constant of the last layer).
+            gate_bias: add the learned vector to every gate, not only to empty ones; needs a learned ``empty_gate``.
             contrast: the contrastive loss.
         """
 
@@ -152,6 +154,11 @@ class AWMoE(ModelComponent):
                 positive("AWMoE.expert_dim", self.expert_dim)
             if self.context != "target" and not self.query:
                 raise ConfigError(f"AWMoE.context is {self.context!r}, but query names no field; name the fields of the query")
+            if self.gate_bias and self.empty_gate != "learned":
+                raise ConfigError(
+                    f"AWMoE.gate_bias adds a learned vector to every gate, but empty_gate {self.empty_gate!r} fixes those of "
+                    "empty histories; set empty_gate to 'learned', or gate_bias to false"
+                )
             if self.share_activation_unit and not self.use_activation_unit:
                 raise ConfigError("AWMoE.share_activation_unit needs use_activation_unit; set one of the two otherwise")
 
@@ -160,7 +167,7 @@ class AWMoE(ModelComponent):
         self.config = config
         history = one_history("AWMoE", layout, config.history, config.embedding.fields)
         if config.context != "query":
-            need_target("AWMoE", history)
+            need_target("AWMoE", history, config.embedding.fields)
         self.history = history.name
         self.embedding = FeatureEmbedding(config.embedding, layout, (self.history,))
         attributes, fields = self.embedding.attributes(self.history), self.embedding.out
@@ -193,8 +200,7 @@ class AWMoE(ModelComponent):
         own = config.use_activation_unit and not config.share_activation_unit
         self.activation_unit = ActivationUnit(config.activation_unit, width, 1) if own else None
         # NOTE[DIFF] a plain sum gives users without behaviours the logit 0 whatever the candidate; this vector takes its place
-        learned = config.empty_gate == "learned" or config.gate_bias
-        self.default_gate = nn.Parameter(torch.full((count,), 1 / count)) if learned else None
+        self.default_gate = nn.Parameter(torch.full((count,), 1 / count)) if config.empty_gate == "learned" else None
         score = FieldLayout(("score",), self.experts.dim)
         self.head = None if config.expert_dim is None else Head(Head.Config(), score, num_labels)
         self.user = self._user_column(layout)
@@ -253,9 +259,8 @@ class AWMoE(ModelComponent):
             pooled_BW = steps.pool(steps.h_NW, a_N, config.pool)
             g_BK = self.gate_unit(pooled_BW, context_BW, torch.arange(context_BW.shape[0], device=context_BW.device))
         empty_B1 = (steps.count() == 0).unsqueeze(1)
-        if config.empty_gate == "learned":
-            g_BK = torch.where(empty_B1, 0.0, g_BK)
         if self.default_gate is not None:
+            g_BK = torch.where(empty_B1, 0.0, g_BK)
             g_BK = g_BK + (self.default_gate if config.gate_bias else empty_B1 * self.default_gate)
         g_BK = normed_gate(g_BK, config.gate_norm, config.top_k)
         if config.empty_gate == "learned":
@@ -275,20 +280,24 @@ class AWMoE(ModelComponent):
     def contrastive(
         self, steps: Steps, context_BW: Tensor, a_N: Tensor, r_NK: Tensor | None, g_BK: Tensor, batch: Batch
     ) -> Tensor:
-        """L of the gates of a batch; rows without behaviours are left out of it."""
+        """L of the gates of a batch; rows without behaviours, and rows of weight 0, are left out of it."""
         contrast = self.config.contrast
-        if contrast.detach:
-            steps, context_BW = steps.replaced(steps.h_NW.detach()), context_BW.detach()
-            a_N, r_NK = self.units(steps, context_BW)
-            g_BK = self.gate(steps, context_BW, a_N, r_NK)
-        masked_BK = self.gate(steps.kept(self.keep(steps)), context_BW, a_N, r_NK)
+        with unrecorded(self):  # running statistics are those of whole histories, each counted once
+            if contrast.detach:
+                steps, context_BW = steps.replaced(steps.h_NW.detach()), context_BW.detach()
+                a_N, r_NK = self.units(steps, context_BW)
+                g_BK = self.gate(steps, context_BW, a_N, r_NK)
+            masked_BK = self.gate(steps.kept(self.keep(steps)), context_BW, a_N, r_NK)
+        rows_B = steps.count() > 0
+        if batch.counted is not None:
+            rows_B = rows_B & batch.counted
         return info_nce(
             g_BK,
             masked_BK,
             similarity=contrast.similarity,
             temperature=contrast.temperature,
             exclude_BB=self.same_user(batch) if contrast.exclude_same_user else None,
-            rows_B=steps.count() > 0,
+            rows_B=rows_B,
             num_negatives=contrast.negatives,
             negatives_from=contrast.negatives_from,
             symmetric=contrast.symmetric,

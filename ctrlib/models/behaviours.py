@@ -136,13 +136,24 @@ def one_history(model: str, layout: BatchLayout, wanted: str | None, fields: tup
     return found[0]
 
 
-def need_target(model: str, history: HistoryColumn) -> None:
-    """Raise :class:`ConfigError` if the candidate has nothing that the behaviours could be compared with."""
-    if not any(history.targets):
+def need_target(model: str, history: HistoryColumn, fields: tuple[str, ...] | None) -> None:
+    """Raise :class:`ConfigError` if the candidate has nothing that the behaviours could be compared with.
+
+    Args:
+        model: its name, for errors.
+        history: whose behaviours are compared.
+        fields: those that the embedding reads; ``None``: all.
+    """
+    compares = f"{model} compares the behaviours of history {history.name!r} with the candidate, but"
+    pairs = [(name, target) for name, target in zip(history.fields, history.targets, strict=True) if target is not None]
+    if not pairs:
         raise ConfigError(
-            f"{model} compares the behaviours of history {history.name!r} with the candidate, but none of its fields "
-            f"({', '.join(history.fields)}) shares a vocabulary with a field of the candidate; set shares in the schema"
+            f"{compares} none of its fields ({', '.join(history.fields)}) shares a vocabulary with a field of the candidate; "
+            "set shares in the schema"
         )
+    if fields is not None and not any({*pair} <= {*fields} for pair in pairs):
+        wanted = ", ".join(f"{name} and {target}" for name, target in pairs)
+        raise ConfigError(f"{compares} embedding.fields has none of what they have in common; expected both of: {wanted}")
 
 
 class ActivationUnit(Component, nn.Module):
@@ -253,7 +264,7 @@ class AttendedHistories(nn.Module):
     ) -> None:
         super().__init__()
         for history in histories:
-            need_target(model, history)
+            need_target(model, history, embedding.config.fields)
         self.histories = tuple(history.name for history in histories)
         layouts = [embedding.attributes(name) for name in self.histories]
         self.attention = nn.ModuleList(TargetAttention(config, layout.width) for layout in layouts)

@@ -75,7 +75,7 @@ class BST(ModelComponent):
         super().__init__()
         self.config = config
         history = one_history("BST", layout, config.history, config.embedding.fields)
-        need_target("BST", history)
+        need_target("BST", history, config.embedding.fields)
         self.history = history.name
         self.embedding = FeatureEmbedding(config.embedding, layout, (self.history,))
         attributes = self.embedding.attributes(self.history)

@@ -1,4 +1,4 @@
-"""A contrastive loss beside any CTRModel: two views of a row, made by leaving out fields, tell it from the other rows.
+"""A contrastive loss beside any model: two views of a row, made by leaving out fields, tell it from the other rows.
 
 After the outline in the abstract of "contrastive learning for cold-start recommendation with adaptive feature fusion" (Hu,
 An, Yu, Du & Luo, arXiv:2502.03664), whose text could not be read: views, weights and places of the losses are our own choice.
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, check_not_negative, fraction, positive
-from ctrlib.interactions.base import Interaction, build, evaluating
+from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.base import Axes, Interaction, build, evaluating
+from ctrlib.interactions.dice import Dice
 from ctrlib.losses import Similarity, info_nce
-from ctrlib.models.ctr import CTRModel, initialize
+from ctrlib.models.ctr import CTRModel, ModelComponent, build_model, initialize
 from ctrlib.schema import OOV_ID, PADDING_ID, BatchLayout, suggest
 
 
@@ -69,7 +71,7 @@ class Contrast(nn.Module):
         L = ½·(−1/B) Σ_i [ln softmax_j(s(z′_i, z″_j)/τ)_i + ln softmax_j(s(z″_i, z′_j)/τ)_i]
 
     z′, z″ are the flattened outputs of the encoder. Rows that agree in all sparse ``fields`` are the same thing seen twice, so
-    they are left out of each other's denominators. It has no parameters of its own.
+    they are left out of each other's denominators. Rows of weight 0 are left out of it all. It has no parameters of its own.
 
     Args:
         config: see :class:`ContrastConfig`.
@@ -107,6 +109,7 @@ class Contrast(nn.Module):
             temperature=self.config.temperature,
             similarity=self.config.similarity,
             exclude_BB=self.identity.same(batch),
+            rows_B=batch.counted,
             symmetric=True,
         )
 
@@ -118,10 +121,10 @@ def check_encoder(what: str, block: Interaction) -> None:
             f"{what} ({type(block).__name__}) returns one number, of which no two views can be compared; set encoder to a "
             "block that encodes the fields (MLP, AdaptiveFusion), or choose a model with a head"
         )
-    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in block.modules()):
+    if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | Dice) for m in block.modules()):
         raise ConfigError(
-            f"{what} ({type(block).__name__}) has batch norms, whose running statistics would be those of views and whole rows "
-            "mixed; set encoder to a block of its own, or choose another norm"
+            f"{what} ({type(block).__name__}) has batch norms or dice activations, whose running statistics would be those of "
+            "views and whole rows mixed; set encoder to a block of its own, or choose another norm and activation"
         )
 
 
@@ -214,16 +217,10 @@ class ContrastiveModel(CTRModel):
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__(config, layout)
         self.known = KnownIds(config.id_fields, config.id_dropout, layout)
-        self.contrasts = nn.ModuleList()
+        self.contrasts = _contrasts(config.contrast, config.views_of, config.id_fields, self.embedding.out.names, layout)
         self.encoder: Interaction | None = None
         if config.contrast.weight == 0:
             return
-        names = self.embedding.out.names
-        for fields in config.views_of or (names,):
-            for name in fields:
-                if name not in names:
-                    raise ConfigError(f"views_of names {name!r}, which the model does not read{suggest(name, names)}")
-            self.contrasts.append(Contrast(config.contrast, fields, config.id_fields, names, layout))
         if config.encoder is not None:
             self.encoder = build(config.encoder, self.embedding.out)
             initialize(self.encoder, config.weight_init)
@@ -245,24 +242,123 @@ class ContrastiveModel(CTRModel):
         return Output(logits, {"contrastive": torch.stack([loss(batch, x_BFD, encode) for loss in self.contrasts]).sum()})
 
 
+class Contrasted(ModelComponent):
+    """Any model with a contrastive loss on views of its fields (:class:`Contrast`), in training only, by an encoder of its own.
+
+    Views are made of the tokens of the model's main embedding, ``model.embedding``, which the loss so trains; other tables of
+    the model, and behaviours that it reads itself, have no part in it. The tokens of a row are looked up once more for it, and
+    each of ``views_of`` costs two passes of the encoder. With ``weight=0`` and without ``id_fields`` it is the model itself to
+    the bit. The loss is called ``contrastive_views``, beside those that the model may have.
+    """
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(ModelComponent.Config):
+        """
+        Args:
+            embedding, weight_init: those of the model, whose own are not read.
+            model: the model.
+            contrast, views_of, encoder, id_fields, id_dropout: see :class:`ContrastiveModel`; the encoder is needed.
+        """
+
+        model: ModelComponent.Config
+        contrast: ContrastConfig = field(default_factory=ContrastConfig)
+        views_of: tuple[tuple[str, ...], ...] = ()
+        encoder: Interaction.Config | None = None
+        id_fields: tuple[str, ...] = ()
+        id_dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            name = self.model.component.__name__
+            if isinstance(self.model, ContrastiveModel.Config | Contrasted.Config):
+                raise ConfigError(
+                    f"the model is a {name}, which has a contrastive loss of views already; set its options instead"
+                )
+            if self.encoder is None and self.contrast.weight > 0:
+                raise ConfigError(
+                    f"a {name} has no block that could encode views alone; set encoder to one (MLP, AdaptiveFusion), or "
+                    "contrast.weight to 0"
+                )
+
+    def __init__(self, config: Config, layout: BatchLayout) -> None:
+        super().__init__()
+        self.config = config
+        if layout.classes:
+            raise ConfigError("the rows are nodes of a graph, of which views of fields tell nothing; expected rows of clicks")
+        self.model = build_model(replace(config.model, embedding=config.embedding, weight_init=config.weight_init), layout)
+        self.known = KnownIds(config.id_fields, config.id_dropout, layout)
+        self.contrasts = _contrasts(config.contrast, config.views_of, config.id_fields, self.embedding.out.names, layout)
+        self.encoder: Interaction | None = None
+        if config.encoder is not None and config.contrast.weight > 0:
+            self.encoder = build(config.encoder, self.embedding.out)
+            initialize(self.encoder, config.weight_init)
+
+    @property
+    def embedding(self) -> FeatureEmbedding:  # type: ignore[override]  # it is the model's, and has its place in the state there
+        """The main embedding of the model."""
+        return self.model.embedding
+
+    @property
+    def axes(self) -> Axes:
+        """Those of the model."""
+        return self.model.axes
+
+    @evaluating
+    def explain(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model shows."""
+        return self.model.explain(self.known(batch))
+
+    def forward(self, batch: Batch) -> Output:
+        known: Batch = self.known(batch)
+        output = self.model(known)
+        if not self.training or self.encoder is None:
+            return output
+        x_BFD, encode = self.embedding(known), self.encoder
+        loss = torch.stack([contrast(batch, x_BFD, encode) for contrast in self.contrasts]).sum()
+        return replace(output, auxiliary={**output.auxiliary, "contrastive_views": loss})
+
+
+def _contrasts(
+    config: ContrastConfig,
+    views_of: Sequence[Sequence[str]],
+    id_fields: Sequence[str],
+    names: tuple[str, ...],
+    layout: BatchLayout,
+) -> nn.ModuleList:
+    """The losses of groups of fields, or of all ``names``; none if they weigh nothing."""
+    contrasts = nn.ModuleList()
+    for fields in views_of or (names,) if config.weight > 0 else ():
+        for name in fields:
+            if name not in names:
+                raise ConfigError(f"views_of names {name!r}, which the model does not read{suggest(name, names)}")
+        contrasts.append(Contrast(config, fields, id_fields, names, layout))
+    return contrasts
+
+
 def contrastive(
-    model: CTRModel.Config,
+    model: ModelComponent.Config,
     contrast: ContrastConfig | None = None,
     *,
     views_of: tuple[tuple[str, ...], ...] = (),
     encoder: Interaction.Config | None = None,
     id_fields: tuple[str, ...] = (),
     id_dropout: float = 0.0,
-) -> ContrastiveModel.Config:
-    """``model`` with a contrastive loss; the options are those of :class:`ContrastiveModel`.
+) -> ContrastiveModel.Config | Contrasted.Config:
+    """``model`` with a contrastive loss: of a plain CTRModel a :class:`ContrastiveModel`, whose options these are, of any other
+    model a :class:`Contrasted`, which needs an encoder.
 
     Raises:
-        ConfigError: ``model`` is not a plain CTRModel.
+        ConfigError: ``model`` has such a loss already, or there is no encoder where one is needed.
     """
     if type(model) is not CTRModel.Config:
-        raise ConfigError(
-            f"the model is a {type(model).component.__name__}; expected a CTRModel (dnn, deepfm, dcnv2, autoint, …), whose "
-            "tokens can be left out one by one"
+        return Contrasted.Config(
+            embedding=model.embedding,
+            weight_init=model.weight_init,
+            model=model,
+            contrast=contrast or ContrastConfig(),
+            views_of=views_of,
+            encoder=encoder,
+            id_fields=id_fields,
+            id_dropout=id_dropout,
         )
     return ContrastiveModel.Config(
         embedding=model.embedding,

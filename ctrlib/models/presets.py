@@ -58,7 +58,7 @@ from ctrlib.models.aw_moe import AWMoE
 from ctrlib.models.behaviours import ActivationUnit, TargetAttention
 from ctrlib.models.bst import BST
 from ctrlib.models.catgcn import CatGCN
-from ctrlib.models.contrastive import ContrastiveModel
+from ctrlib.models.contrastive import Contrasted, ContrastiveModel
 from ctrlib.models.ctr import CTRModel, Head, ModelComponent
 from ctrlib.models.din import DIN
 from ctrlib.models.ensemble import EnsembleModel
@@ -820,6 +820,7 @@ COMPONENTS: Table = {
         AutoFIS,
         AdaptiveFusion,
         ContrastiveModel,
+        Contrasted,
         TwoTower,
         ActivationUnit,
         TargetAttention,

@@ -30,7 +30,7 @@ class TwoTower(ModelComponent):
     Shape: Batch → Output(logits [B]). z are the flattened outputs of the towers, of one width k. In training there are up to
     three auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side
     (:class:`.Contrast`), and ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch. There, rows
-    of the same user or of the same item are no negatives.
+    of the same user or of the same item are no negatives. Rows of weight 0 are left out of all three.
 
     NOTE[DIFF] the negatives of ``contrastive_cross`` come as often as they are clicked; there is no correction by −ln p(v), for
     which the model would have to know how often that is.
@@ -143,6 +143,9 @@ class TwoTower(ModelComponent):
 
     def _cross(self, batch: Batch, user_BK: Tensor, item_BK: Tensor) -> Tensor:
         same_user_BB, same_item_BB = self.user_id.same(batch), self.item_id.same(batch)
+        rows_B = cast(Tensor, batch.labels)[:, 0] > 0
+        if batch.counted is not None:
+            rows_B = rows_B & batch.counted
         both = [same for same in (same_user_BB, same_item_BB) if same is not None]
         return info_nce(
             user_BK,
@@ -150,6 +153,6 @@ class TwoTower(ModelComponent):
             temperature=self.config.contrast.temperature,
             similarity=self.config.contrast.similarity,
             exclude_BB=torch.stack(both).any(0) if both else None,
-            rows_B=cast(Tensor, batch.labels)[:, 0] > 0,
+            rows_B=rows_B,
             symmetric=True,
         )

@@ -321,7 +321,9 @@ def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> De
     ignored = {**schema.ignored, **dict.fromkeys(gone, f"dropped by {selection.method}")}
     schema = schema.with_only(fields)
     histories = tuple(replace(h, gaps=None) if h.gaps in dropped and not close else h for h in schema.histories)
-    return Derived(Encoder(replace(schema, histories=histories, ignored=ignored), vocabularies, numeric), ids, owners)
+    return Derived(
+        Encoder(replace(schema, histories=histories, ignored=ignored), vocabularies, numeric, encoder.clocks), ids, owners
+    )
 
 
 def _inherited(f: Field, schema: Schema, owner: str) -> Field:

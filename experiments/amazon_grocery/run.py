@@ -13,7 +13,7 @@ from experiments.sequences import Sequences, script
 EXPERIMENT = Sequences(
     module="experiments.amazon_grocery.run",
     title="Amazon Grocery: users with short and long histories",
-    text="""The next item of a user among random items that the user never met; items have a category. The last
+    text="""The next item of a user among random items that the user did not meet; items have a category. The last
 interaction of every user is for test, the one before for validation ([the script](../../datasets/amazon_grocery.py)).""",
     script="amazon_grocery.py",
     raw="amazon-grocery",

@@ -13,7 +13,7 @@ from experiments.sequences import Sequences, script
 EXPERIMENT = Sequences(
     module="experiments.beauty.run",
     title="Amazon Beauty: users with short and long histories",
-    text="""The next item of a user among random items that the user never met; items have several attributes. The last
+    text="""The next item of a user among random items that the user did not meet; items have several attributes. The last
 interaction of every user is for test, the one before for validation ([the script](../../datasets/beauty.py)).""",
     script="beauty.py",
     raw="s3rec-beauty",

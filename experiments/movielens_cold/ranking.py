@@ -25,16 +25,18 @@ def evaluate(score: Score, catalogue: Catalogue, parts: Parts, users: int, seed:
     target, HR@10 = 1[place ≤ 10], NDCG@10 = 1/log2(place + 1) up to place 10, MRR = 1/place, each a mean over queries. Tied
     scores share their places: means over every order. ``hr@10 of 101``: the same among 100 of the other items, drawn by a fixed
     seed. ``recall@10`` is the mean over users of the share of their test items that are among the first ten, when all of these
-    compete. The pool of cold users are the warm items.
+    compete. The pool of cold users are the warm items. Items without a training positive are in the cold pool or in none.
     """
     found = {}
+    learned_I = np.isin(np.arange(catalogue.items.num_rows), catalogue.liked[parts.train])
     for number, pool in enumerate(POOLS):
         rng = np.random.default_rng([seed, 3, number])
         kind = "warm" if pool == "cold users" else pool
-        wanted = parts.cold_users if pool == "cold users" else parts.test & (parts.kind[catalogue.liked] == kind)
+        pool_I = (parts.kind == kind) & (learned_I | (kind == "cold"))
+        wanted = (parts.cold_users if pool == "cold users" else parts.test) & pool_I[catalogue.liked]
         asked = rng.permutation(np.unique(catalogue.liker[wanted]))[:users]
         if len(asked):
-            found[pool] = _pool(score, catalogue, wanted, parts.kind == kind, np.sort(asked), rng)
+            found[pool] = _pool(score, catalogue, wanted, pool_I, np.sort(asked), rng)
     return found
 
 

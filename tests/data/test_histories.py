@@ -22,6 +22,7 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader, StreamLoader
 from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
+from ctrlib.data.vocabulary import Vocabulary
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import preset
 from ctrlib.schema import DataError, History, HistoryColumn, Schema, SequenceField, SparseField
@@ -261,7 +262,7 @@ def test_timestamps_and_dates(encoder: Encoder) -> None:
     stamps = [[datetime(1970, 1, 1 + t // day, tzinfo=UTC) for t in row] for row in seconds]
     want = encoded([2 * day, 3 * day], seconds)
     gap = {1: 2 + 16, 2: 2 + 17}  # of so many days: 2¹⁶ ≤ 86,401 < 2¹⁷ ≤ 172,801
-    assert want == ([[2, 3], [3, 3]], [[gap[2], gap[1]], [gap[2], gap[2]]])
+    assert want == ([[3, 2], [2, 2]], [[gap[2], gap[1]], [gap[2], gap[2]]])
     now = [datetime(1970, 1, 3, tzinfo=UTC), datetime(1970, 1, 4, tzinfo=UTC)]
     for unit in ("s", "ms", "us", "ns"):
         for zone in (None, "Europe/Berlin"):
@@ -271,9 +272,7 @@ def test_timestamps_and_dates(encoder: Encoder) -> None:
     assert encoded(pa.array([2.0 * day, 3.0 * day]), pa.array(seconds, pa.list_(pa.float32()))) == want
     with pytest.raises(DataError, match=r"'at' of history 'history' holds .*list.*, and the row's time 'now' timestamp"):
         encoded(pa.array(now), seconds)
-    with pytest.raises(
-        DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times|column"
-    ):
+    with pytest.raises(DataError, match=r"column 'now', the training table, row 1: the column holds string; expected times"):
         encoded(pa.array(["a", "b"]), seconds)
 
 
@@ -324,6 +323,84 @@ def test_leaks_are_refused(encoder: Encoder, tmp_path: Path) -> None:
         DataError, match=rf"column 'hist_time', the table, row {at + 1}: behaviour 3 of 3 of history 'seen' is not"
     ):
         refusing.transform(rows)
+
+
+def leaking(**options: Any) -> tuple[Schema, list[dict[str, Any]]]:
+    """Rows at time 100, whose last behaviour is known at 500 only; the one before has two tags."""
+    fields = (
+        SparseField(name="item"),
+        SequenceField(name="h", ordered=True, shares="item"),
+        SequenceField(name="tags", ordered=True, nested=True),
+    )
+    history = History(fields=("h", "tags"), times="ht", **options)
+    row = {"item": 1, "h": [1, 2, 999], "tags": [["a"], ["b", "c"], ["z"]], "ht": [10, 20, 500], "t": 100}
+    return Schema(fields=fields, labels=("y",), time="t", histories=(history,)), [{**row, "y": i % 2} for i in range(4)]
+
+
+def counts(encoder: Encoder, name: str) -> dict[Any, int]:
+    vocabulary = encoder.vocabularies[name]
+    assert isinstance(vocabulary, Vocabulary)
+    return dict(zip(vocabulary.values.to_pylist(), vocabulary.counts.tolist(), strict=True))
+
+
+def test_leaks_are_not_counted() -> None:
+    encoder = Encoder.fit(*leaking())
+    assert encoder.ids("item", [999, 777]).tolist() == [1, 1]
+    assert counts(encoder, "item") == {1: 8, 2: 4}
+    assert counts(encoder, "tags") == {"a": 4, "b": 4, "c": 4}
+    recent = Encoder.fit(*leaking(max_length=1))  # after the guard, item 2 alone is left
+    assert (counts(recent, "item"), counts(recent, "tags")) == ({1: 4, 2: 4}, {"b": 4, "c": 4})
+
+
+def test_leaks_are_refused_by_fit() -> None:
+    with pytest.raises(DataError, match=r"column 'ht', the training table, row 1: behaviour 3 of 3 .* set on_leak to 'drop'"):
+        Encoder.fit(*leaking(on_leak="refuse"))
+    schema, rows = leaking()
+    with pytest.raises(DataError, match=r"column 'tags' .*, or behaviours that are not before the time of their row"):
+        Encoder.fit(schema, [{**row, "t": 10} for row in rows])
+
+
+def test_leaks_are_not_counted_however_many_rows_there_are() -> None:
+    """More than are read at a time; every row has a value of its own that it may know, and one that it may not."""
+    n = 140_000
+    values = np.stack([np.arange(n), np.arange(n) + n], axis=1)
+    lists = {"h": values, "ht": np.tile([5, 100], (n, 1))}
+    data = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 2).cast(pa.list_(pa.int64())) for name, x in lists.items()
+    }
+    fields = (SequenceField(name="h", ordered=True),)
+    schema = Schema(fields=fields, labels=("y",), time="t", histories=(History(fields=("h",), times="ht"),))
+    now = np.full(n, 100)
+    now[135_000] = 101
+    vocabulary = Encoder.fit(schema, pa.table({**data, "t": now, "y": np.arange(n) % 2})).vocabularies["h"]
+    assert isinstance(vocabulary, Vocabulary)
+    assert sorted(vocabulary.values.to_pylist()) == [*range(n), n + 135_000]
+
+
+def test_the_kind_of_times_is_remembered(tmp_path: Path) -> None:
+    schema, rows = leaking()
+    stamps = [{**row, "ht": [datetime(2024, 1, d) for d in (1, 2, 9)], "t": datetime(2024, 1, 5)} for row in rows]
+    for trained, other, message in (
+        (rows, stamps, r"column 'ht' of history 'history' holds .*timestamp.*, but training had numbers"),
+        (stamps, rows, r"column 'ht' of history 'history' holds .*int64.*, but training had timestamps or dates"),
+    ):
+        encoder = Encoder.fit(schema, trained)
+        assert encoder.clocks == {"history": trained is stamps}
+        encoder.transform(trained)
+        encoder.save(tmp_path)
+        loaded = Encoder.load(tmp_path)
+        assert (loaded.clocks, loaded.hash) == (encoder.clocks, encoder.hash)
+        for known in (encoder, loaded):
+            with pytest.raises(DataError, match=message):
+                known.transform(other)
+        with pytest.raises(DataError, match=r"column 't' of history 'history' holds"):
+            loaded.transform([{**row, "h": [], "tags": [], "ht": []} for row in other])
+    # One that was written before kinds were remembered: it is read, and takes what it took.
+    old = Encoder(schema, encoder.vocabularies, encoder.numeric)
+    old.save(tmp_path)
+    assert "clocks" not in (tmp_path / "encoder.json").read_text()
+    assert Encoder.load(tmp_path).clocks == {}
+    Encoder.load(tmp_path).transform(rows)
 
 
 def test_kinds_that_are_wrong(encoder: Encoder) -> None:

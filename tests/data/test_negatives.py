@@ -1,9 +1,10 @@
-"""Negatives: never met, never twice, all sets equally likely, from the seed alone."""
+"""Negatives: not met, never twice, all sets equally likely, from the seed alone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,24 @@ def test_all_that_is_left() -> None:
     assert {tuple(sorted(items)) for items in found.tolist()} == {(0, 2, 4, 5)}
     assert sample_negatives(np.zeros(0, np.int64), USERS, ITEMS, 6, 4, seed=0).shape == (0, 4)
     assert sorted(sample_negatives(np.array([4]), USERS[:0], ITEMS[:0], 3, 3, seed=0)[0].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("shift", [0, 100, 5_000_000_000, 2**62])
+def test_numbers_of_users_of_any_size(kind: type[np.integer[Any]], shift: int) -> None:
+    """The same items as for users 0, …, n, whatever they are called: neither memory nor products grow with the numbers."""
+    if shift > np.iinfo(kind).max - 10:
+        kind = np.int64
+    impressions = np.array([0, 2, 5, 5, 3, 0, 7])
+    expected = sample_negatives(impressions, USERS, ITEMS, 50_000, 4, seed=1)
+    found = sample_negatives(
+        (impressions + shift).astype(kind), (USERS + shift).astype(kind), ITEMS.astype(kind), 50_000, 4, seed=1
+    )
+    assert np.array_equal(found, expected)
+    most = np.arange(49_000)  # of 50,000 items: a product that overflows would forget that they were met
+    of_one = np.full(len(most), shift + 90).astype(kind)
+    left = sample_negatives(of_one[:5], of_one, most.astype(np.int32), 50_000, 9, seed=0)
+    assert left.min() >= 49_000
 
 
 def test_what_cannot_be_drawn() -> None:

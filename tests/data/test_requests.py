@@ -322,6 +322,29 @@ def test_histories_are_guarded_and_cut_as_in_tables() -> None:
         memory.encode(past | {"clicked": [1]}, [{"item": 1}])
 
 
+def test_times_of_requests_are_of_the_kind_of_training() -> None:
+    day = [datetime.datetime(2024, 1, d) for d in (1, 2, 4)]
+    past: dict[str, Any] = {"clicked": [1, 2], "words": [["a"], ["b"]], "when": day[:2], "now": day[2]}
+    rows = [{**past, "item": i % 3, "label": i % 2} for i in range(6)]
+    memory = RequestEncoder(Encoder.fit(HISTORY, rows))
+    expected = memory.encoder.transform(rows[:1]).sequences["gap"].values
+    assert expected.tolist() == [2 + 17, 2 + 17]  # 2¹⁷ ≤ 172,801 and 259,201 < 2¹⁸
+    zoned: dict[str, Any] = {"when": ["2024-01-01T02:00:00+02:00", "2024-01-02T00:00:00Z"], "now": "2024-01-04"}
+    for times in (zoned, {"when": [t.isoformat() for t in day[:2]], "now": day[2].isoformat()}, {}):
+        found = memory.encode({**past, **times}, [{"item": 1}]).context.sequences["gap"].values
+        assert torch.equal(found, expected)
+    millis = {"when": [1704067200000, 1704153600000], "now": 1704326400000}
+    with pytest.raises(DataError, match=r"the context: column 'when' .*training had timestamps"):
+        memory.encode(past | millis, [{"item": 1}])
+    with pytest.raises(DataError, match="the context, field 'when': 'yesterday' is no time; expected ISO 8601"):
+        memory.encode(past | {"when": ["yesterday", "today"]}, [{"item": 1}])
+    with pytest.raises(DataError, match="the context, field 'now': '5' is no time"):
+        memory.encode(past | {"now": "5"}, [{"item": 1}])
+    numbers = RequestEncoder(Encoder.fit(HISTORY, [{**row, "when": [1, 2], "now": 9} for row in rows]))
+    with pytest.raises(DataError, match="the context, field 'when': '2024-01-01' is text, but training had numbers"):
+        numbers.encode({**past, "when": ["2024-01-01"] * 2, "now": 9}, [{"item": 1}])
+
+
 def test_repeated_rows_by_hand() -> None:
     flat = repeated(Ragged(torch.tensor([5, 6]), torch.tensor([0, 2])), 3)
     assert flat.values.tolist() == [5, 6, 5, 6, 5, 6]

@@ -182,6 +182,9 @@ def test_rows_without_behaviours() -> None:
     assert not model(batch).logits.any()
     for norm in ("softmax", "topk"):
         assert not aw_moe(empty_gate="zeros", gate_norm=norm)(batch).logits.any()
+    model = aw_moe(empty_gate="zeros", expert_dim=5)
+    assert model.head is not None
+    torch.testing.assert_close(model(batch).logits, model.head.linear.bias.expand(6))
     model = aw_moe(empty_gate="uniform")
     torch.testing.assert_close(gates(model, batch), torch.full((6, 3), 1 / 3))
     mean = model.explain(batch)["score"].mean(1).squeeze(1)
@@ -437,6 +440,52 @@ def test_limits_of_the_mask() -> None:
             assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("options", [{"use_gate_unit": False}, {}], ids=str)
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_loss_leaves_running_statistics_alone(options: dict[str, Any], detach: bool) -> None:
+    """Those of Dice are of whole histories, as in evaluation: a masked view does not count, nor does a batch count twice."""
+    dice = replace(UNIT, activation="dice")
+    options |= {"gate_unit": dice, "activation_unit": dice}
+
+    def statistics(weight: float) -> dict[str, Tensor]:
+        model = aw_moe(contrast=GateContrast(weight=weight, detach=detach), **options).train()
+        for _ in range(5):
+            model(rows(12))
+        return dict(model.named_buffers())
+
+    plain, found = statistics(0.0), statistics(1.0)
+    names = [name for name in plain if name.endswith(".variance")]
+    assert names
+    assert all(not torch.equal(plain[name], torch.ones_like(plain[name])) for name in names)
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_rows_of_weight_zero_are_left_out_of_the_loss() -> None:
+    batch = rows(6, lengths=[2] * 6)
+    model = aw_moe(contrast=GateContrast(weight=1.0, mask=0.0))
+    expected = train(model, rows_of(batch, [0, 2, 3]))
+    weighed = replace(batch, weight=torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 0.0]))
+    torch.testing.assert_close(train(model, weighed), expected)
+    assert train(model, replace(batch, weight=torch.zeros(6))).item() == 0.0
+
+
+def rows_of(batch: Batch, chosen: list[int]) -> Batch:
+    """Some rows of a batch."""
+    lists = behaviours(batch)
+    assert batch.group is not None
+    tags = batch.sequences["tags"]
+    kept = replace(
+        batch,
+        sparse=batch.sparse[chosen],
+        dense=batch.dense[chosen],
+        sequences={"tags": Ragged(tags.values.view(-1, 2)[chosen].flatten(), torch.arange(len(chosen) + 1).int() * 2)},
+        labels=None,
+        group=batch.group[chosen],
+    )
+    return with_behaviours(kept, [lists[i] for i in chosen])
+
+
 def test_what_the_loss_trains() -> None:
     model, batch = aw_moe(contrast=GateContrast(weight=1.0)), rows(8)
     train(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -567,6 +616,8 @@ def test_options_by_path() -> None:
         (lambda: AWMoE.Config(pool=cast(Any, "average")), "AWMoE.pool is 'average'"),
         (lambda: AWMoE.Config(gate_norm=cast(Any, "softmaxx")), "did you mean 'softmax'"),
         (lambda: AWMoE.Config(empty_gate=cast(Any, "zero")), "did you mean 'zeros'"),
+        (lambda: AWMoE.Config(empty_gate="zeros", gate_bias=True), "gate_bias adds .* empty_gate 'zeros' fixes those"),
+        (lambda: AWMoE.Config(empty_gate="uniform", gate_bias=True), "set empty_gate to 'learned', or gate_bias to false"),
         (lambda: AWMoE.Config(top_k=0), "top_k is 0"),
         (lambda: AWMoE.Config(expert_dim=0), "expert_dim is 0"),
         (lambda: AWMoE.Config(share_activation_unit=True, use_activation_unit=False), "needs use_activation_unit"),
@@ -591,5 +642,9 @@ def test_refusals() -> None:
     assert aw_moe(two, history="history").history == "history"
     with pytest.raises(ConfigError, match="shares a vocabulary with a field of the candidate; set shares"):
         aw_moe(two, history="views")
+    unlike = FeatureEmbedding.Config(fields=("user", "hour", "item", "hist_category", "hist_gap"))
+    with pytest.raises(ConfigError, match=r"AWMoE compares .* both of: hist_item and item, hist_category and category"):
+        aw_moe(embedding=unlike)
+    assert aw_moe(embedding=unlike, context="query", query=("hour",)).history == "history"
     with pytest.raises(ConfigError, match="query names 'our', which the model does not read; did you mean 'hour'"):
         aw_moe(query=("our",))

@@ -103,6 +103,9 @@ def test_refusals() -> None:
         bst(replace(LAYOUT, histories=()))
     with pytest.raises(ConfigError, match=r"num_heads is 5, which does not divide .* 12 \(3 attributes of width 4\)"):
         bst(num_heads=5)
+    fields = ("user", "hour", "hist_item", "hist_category")
+    with pytest.raises(ConfigError, match=r"BST compares .* expected both of: hist_item and item, hist_category and category"):
+        bst(embedding=FeatureEmbedding.Config(dim=4, fields=fields))
     with pytest.raises(ConfigError, match=r"'targt'.*did you mean 'target'"):
         BST.Config(read=cast(Any, "targt"))
     for options in ({"max_length": 0}, {"num_layers": 0}, {"ffn_dim": 0}):

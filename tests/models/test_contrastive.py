@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ctrlib import artifact
 from ctrlib.batch import Batch
-from ctrlib.config import ConfigError, from_json, to_json
+from ctrlib.config import ConfigError, from_json, override, to_json
+from ctrlib.data.encoder import Encoder
+from ctrlib.export import export
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.mlp import MLP
 from ctrlib.losses import total_loss
-from ctrlib.models.contrastive import Contrast, ContrastConfig, ContrastiveModel, Identity, contrastive, view
+from ctrlib.models.catgcn import CatGCN
+from ctrlib.models.contrastive import Contrast, ContrastConfig, Contrasted, ContrastiveModel, Identity, contrastive, view
 from ctrlib.models.ctr import CTRModel, ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
-from ctrlib.schema import BatchLayout, SparseColumn
-from tests.models.small import LAYOUT, make, rows, shrunk
+from ctrlib.ranking import Ranker
+from ctrlib.schema import BatchLayout, History, Schema, SequenceColumn, SequenceField, SparseColumn, SparseField
+from tests.models.small import LAYOUT, crossed, make, rows, shrunk, with_crosses
 
 NAMES = LAYOUT.names
 PLAIN = CTRModel.Config(interaction=MLP.Config(hidden_units=(8,), dropout=0.2))
@@ -289,5 +296,129 @@ def test_errors() -> None:
         make(contrastive(CTRModel.Config(interaction=FM.Config(), head=None)))
     with pytest.raises(ConfigError, match=r"the interaction \(MLP\) has batch norms"):
         make(contrastive(CTRModel.Config(interaction=MLP.Config(hidden_units=(8,), norm="batch"))))
-    with pytest.raises(ConfigError, match="the model is a FinalMLPModel; expected a CTRModel"):
-        contrastive(preset("final_mlp"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"the interaction \(MLP\) has .*dice activations, whose running statistics"):
+        make(contrastive(CTRModel.Config(interaction=MLP.Config(hidden_units=(8,), activation="dice"))))
+    with pytest.raises(ConfigError, match=r"a FinalMLPModel has no block that could encode views alone; set encoder to one"):
+        contrastive(preset("final_mlp"))
+    for wrapped in (contrastive(PLAIN), contrastive(preset("din"), encoder=ENCODER)):
+        with pytest.raises(ConfigError, match="which has a contrastive loss of views already"):
+            contrastive(wrapped, encoder=ENCODER)
+    with pytest.raises(ConfigError, match=r"views_of names 'itm', which the model does not read; did you mean 'item'"):
+        make(contrastive(preset("final_mlp"), encoder=ENCODER, views_of=(("itm",),)))
+    nodes = BatchLayout(sequences=(SequenceColumn("words", 9, "words"),), labels=("kind",), classes=("a", "b"))
+    with pytest.raises(ConfigError, match="the rows are nodes of a graph"):
+        make(contrastive(CatGCN.Config(), encoder=ENCODER), nodes)
+
+
+ENCODER = MLP.Config(hidden_units=(8,))
+ANY = (
+    "final_mlp", "fgcnn_ipnn", "fwfm", "ffm", "hofm", "onn", "hiformer", "hetero_att", "transformer", "final_net_1b",
+    "arm_net_plus", "afn_plus", "optinter", "din", "bst", "moe", "mmoe", "aw_moe",
+)  # fmt: skip
+
+
+def layout_of(name: str) -> BatchLayout:
+    return with_crosses(LAYOUT) if name == "optinter" else LAYOUT
+
+
+def run(config: ModelComponent.Config, layout: BatchLayout) -> tuple[dict[str, Tensor], list[float], Tensor, ModelComponent]:
+    """Weights, losses, the state of the random numbers, and the model after some steps from a fixed seed."""
+    torch.manual_seed(3)
+    model = build_model(config, layout).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for step in range(2):
+        batch = crossed(rows(16, seed=step), layout) if layout is not LAYOUT else rows(16, seed=step)
+        optimizer.zero_grad()
+        loss = total_loss(model(batch), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model.state_dict(), losses, torch.get_rng_state(), model
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_model_without_weight_is_itself_to_the_bit(name: str) -> None:
+    config, layout = shrunk(preset(name)), layout_of(name)
+    weights, losses, state, _ = run(config, layout)
+    wrapped = contrastive(config, ContrastConfig(weight=0.0), encoder=ENCODER)
+    assert isinstance(wrapped, Contrasted.Config)
+    found, other_losses, other_state, _ = run(wrapped, layout)
+    assert losses == other_losses
+    assert {f"model.{key}" for key in weights} == found.keys()
+    assert all(torch.equal(weights[key], found[f"model.{key}"]) for key in weights)
+    assert torch.equal(state, other_state)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_any_model_has_the_loss_in_training_only(name: str) -> None:
+    config, layout = contrastive(shrunk(preset(name)), encoder=ENCODER, id_fields=("item",)), layout_of(name)
+    assert from_json(json.loads(json.dumps(to_json(config))), ModelComponent.Config, COMPONENTS) == config
+    torch.manual_seed(1)
+    model = build_model(config, layout)
+    assert isinstance(model, Contrasted)
+    batch = rows(16) if layout is LAYOUT else crossed(rows(16), layout)
+    others = model.model(model.known(batch)).auxiliary.keys()
+    auxiliary = model(batch).auxiliary
+    assert auxiliary.keys() == {*others, "contrastive_views"}
+    auxiliary["contrastive_views"].backward()  # type: ignore[no-untyped-call]
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("model.embedding.tables") for name in touched)
+    assert all(name.startswith(("model.embedding.", "encoder.")) for name in touched)
+    model.eval()
+    torch.testing.assert_close(model(batch).logits, model.model(model.known(batch)).logits, rtol=0, atol=0)
+    assert model(batch).auxiliary.keys() == model.model(batch).auxiliary.keys()
+    unseen = replace(batch, sparse=batch.sparse.clone())
+    unseen.sparse[:, 1] = 1
+    padding = replace(batch, sparse=batch.sparse.clone())
+    padding.sparse[:, 1] = 0
+    if name != "optinter":  # whose crosses have ids of their own
+        torch.testing.assert_close(model(unseen).logits, model(padding).logits, rtol=0, atol=0)
+    assert list(model.explain(batch)) == list(model.axes) == list(model.model.axes)
+
+
+def test_the_loss_is_that_of_the_views_of_the_main_tokens() -> None:
+    """With views that leave nothing out, by the formula: vectors of the encoder, rows of the same ids apart."""
+    still = ContrastConfig(weight=0.3, temperature=0.5, field_mask=0.0, id_mask=0.0, feature_dropout=0.0)
+    model, batch = make(contrastive(shrunk(preset("final_mlp"), dropout=0.0), still, encoder=ENCODER)).train(), rows(12)
+    assert isinstance(model, Contrasted)
+    assert model.encoder is not None
+    z_BK = torch.nn.functional.normalize(model.encoder(model.model.embedding(batch)).flatten(1), dim=1)
+    s_BB = (z_BK @ z_BK.T / 0.5).tolist()
+    ids, total = batch.sparse.tolist(), 0.0
+    for i in range(12):
+        others = [math.exp(s_BB[i][j]) for j in range(12) if ids[j] != ids[i]]
+        total -= math.log(math.exp(s_BB[i][i]) / (math.exp(s_BB[i][i]) + sum(others)))
+    assert float(model(batch).auxiliary["contrastive_views"].detach()) == pytest.approx(0.3 * total / 12, rel=1e-5)
+
+
+def test_options_of_the_embedding_are_those_of_the_wrapper() -> None:
+    config = override(contrastive(preset("din"), encoder=ENCODER), {"embedding.dim": "6"}, COMPONENTS)
+    model = make(config)
+    assert isinstance(model, Contrasted)
+    assert model.embedding.out.dim == model.model.embedding.out.dim == 6
+
+
+@pytest.mark.parametrize("name", ["final_mlp", "din"])
+def test_any_model_is_saved_ranked_and_exported(name: str, tmp_path: Path) -> None:
+    fields = (
+        SparseField(name="user", side="context"),
+        SparseField(name="item"),
+        SequenceField(name="seen", ordered=True, shares="item", side="context"),
+    )
+    schema = Schema(fields=fields, labels=("y",), histories=(History(fields=("seen",)),))
+    table = [{"user": i % 5, "item": i % 7, "seen": [j % 7 for j in range(i % 4)], "y": i % 2} for i in range(40)]
+    encoder = Encoder.fit(schema, table)
+    config = contrastive(shrunk(preset(name), init_std=0.5), encoder=ENCODER, id_fields=("item",), id_dropout=0.3)
+    model = make(config, encoder.layout)
+    artifact.save(tmp_path / "model", encoder, model, config)
+    loaded = artifact.load(tmp_path / "model")
+    assert loaded.config == config
+    want = model(encoder.transform(table)).logits.sigmoid().double()
+    np.testing.assert_allclose(loaded.predict(table), want.detach().numpy(), rtol=0, atol=1e-6)
+    context = {"user": 3, "seen": [1, 2]}
+    candidates = [{"item": item} for item in (1, 5, 999)]
+    expected = loaded.predict([{**context, **c} for c in candidates])
+    np.testing.assert_allclose(Ranker(loaded).score(context, candidates), expected, rtol=0, atol=1e-6)
+    assert export(loaded, tmp_path / "program")["difference"] < 1e-5
+    assert len(set(expected.tolist())) == 3

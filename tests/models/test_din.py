@@ -141,6 +141,9 @@ def test_refusals() -> None:
         din(lonely)
     with pytest.raises(ConfigError, match=r"embedding.fields names none of its fields"):
         din(embedding=replace(EMBEDDING, fields=("user", "item")))
+    for fields in (("user", "hist_item", "hist_category"), ("user", "item", "hist_category")):
+        with pytest.raises(ConfigError, match=r"DIN compares .* both of: hist_item and item, hist_category and category"):
+            din(embedding=replace(EMBEDDING, fields=fields))
 
 
 def test_some_attributes_only() -> None:

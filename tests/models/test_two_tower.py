@@ -94,6 +94,19 @@ def test_the_cross_loss_is_of_clicked_rows_of_other_users_and_items() -> None:
     assert found == pytest.approx(total / len(clicked), rel=1e-5)
 
 
+def test_rows_of_weight_zero_are_left_out_of_the_losses() -> None:
+    """Whatever their labels are, and whatever their fields: nothing is learned from them."""
+    still = ContrastConfig(weight=1.0, field_mask=0.0, id_mask=0.0, feature_dropout=0.0)
+    model, batch = tower(replace(CONFIG, cross_weight=1.0, contrast=still)).train(), rows(40)
+    kept = [i for i in range(40) if i % 3]
+    weighed = replace(batch, weight=torch.tensor([float(i % 3) for i in range(40)]))
+    found, expected = model(weighed).auxiliary, model(take(batch, kept)).auxiliary
+    assert list(found) == ["contrastive_user", "contrastive_item", "contrastive_cross"]
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+    assert total_loss(model(replace(batch, weight=torch.zeros(40))), replace(batch, weight=torch.zeros(40))).item() == 0.0
+
+
 def test_without_weight_no_random_number_is_drawn() -> None:
     model = tower(replace(CONFIG, contrast=ContrastConfig(weight=0.0, field_mask=0.9))).train()
     state = torch.get_rng_state()
