@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ctrlib import calibration
 from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
-from ctrlib.config import Table, from_json, to_json
+from ctrlib.config import ConfigError, Table, from_json, to_json
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import Source, open_source
 from ctrlib.files import WRITER, json_text, new_folder, sealed, sha256, write_json, write_text
@@ -56,6 +56,18 @@ class Artifact:
     def schema(self) -> Schema:
         """The fields that :meth:`predict` reads."""
         return self.encoder.schema
+
+    def require_rows(self, what: str) -> None:
+        """Refuse what reads logits as clicks, where they are of classes and each row is a node of a graph.
+
+        Raises:
+            ConfigError: the model is one of nodes.
+        """
+        if self.schema.classes:
+            raise ConfigError(
+                f"{what} is for models of rows, and this is a run on nodes (label {self.schema.labels[0]!r} with "
+                f"{len(self.schema.classes)} classes); predict nodes with ctrlib.load_nodes(run), its metrics are in metrics.json"
+            )
 
     def predict(self, data: object) -> npt.NDArray[np.float64]:
         """Probabilities of raw rows, calibrated if the artifact has a calibration.

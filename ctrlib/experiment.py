@@ -543,8 +543,10 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
 
     Raises:
         DataError: the data lacks a column, or the store was made by another encoder.
+        ConfigError: the model is one of nodes.
     """
     loaded = artifact.load(run)
+    loaded.require_rows("evaluate")
     labels = loaded.schema.labels
     if isinstance(data, str | Path) and Store.is_store(data):
         store = Store.open(data)
@@ -599,6 +601,7 @@ def calibrate_run(
         DataError, ConfigError: see :func:`evaluate_run` and :func:`.fit_calibration`.
     """
     loaded = artifact.load(run)
+    loaded.require_rows("calibrate")
     if isinstance(data, str | Path) and Store.is_store(data):
         store = Store.open(data)
         if store.encoder.hash != loaded.encoder.hash:

@@ -107,11 +107,12 @@ def export(artifact: Artifact, out: str | Path, format: str = "torch", *, rows: 
         What ``export.json`` holds; ``difference`` is the largest one of a probability.
 
     Raises:
-        ConfigError: an unknown format, or what it needs is not installed.
+        ConfigError: an unknown format, what it needs is not installed, or a model of nodes.
         DataError: the program does not score as the model does; nothing is written.
     """
     check_choice("format", format, get_args(Format))
     check_choice("rows", rows, get_args(Rows))
+    artifact.require_rows("export")
     layout = artifact.encoder.layout
     encoder = RequestEncoder(artifact.encoder)
     sequences = sequence_inputs(layout)
@@ -200,7 +201,9 @@ def verify(
 
     Raises:
         DataError: the rows cannot be read.
+        ConfigError: the model is one of nodes.
     """
+    artifact.require_rows("verify")
     table = open_source(data)
     if rows is not None and rows < table.num_rows:
         table = table.select(np.arange(table.num_rows) < rows)

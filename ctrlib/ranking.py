@@ -47,9 +47,13 @@ class Ranker:
     Args:
         artifact: a loaded model, see :meth:`load`.
         hoisting: compute the context once; without it every candidate is a row with the whole context, as in evaluation.
+
+    Raises:
+        ConfigError: the model is one of nodes.
     """
 
     def __init__(self, artifact: Artifact, *, hoisting: bool = True) -> None:
+        artifact.require_rows("ranking")
         self.artifact = artifact
         artifact.model.requires_grad_(False).eval()
         self.encoder = RequestEncoder(artifact.encoder)

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import ctrlib
+from ctrlib import export as exporting
 from ctrlib.cli import app
 from ctrlib.config import ConfigError
 from ctrlib.data.graph import GraphOptions, read_graph
@@ -151,6 +152,28 @@ def test_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["models", "--nodes"]).output.split()[0] == "catgcn"
     nothing = CliRunner().invoke(app, ["train", "--model", "dnn", "--out", f"{tmp_path / 'no'}"])
     assert "there is no data" in str(nothing.exception)
+
+
+def test_what_is_for_rows_refuses_a_run_on_nodes(run: Path, tmp_path: Path) -> None:
+    """Sigmoids of its logits would be no probabilities of classes."""
+    message = r"is for models of rows, and this is a run on nodes \(label 'team' with 3 classes\); .*load_nodes"
+    with pytest.raises(ConfigError, match=message):
+        ctrlib.Ranker.load(run)
+    with pytest.raises(ConfigError, match=message):
+        pytest.importorskip("ctrlib.service").Engine(run)
+    artifact = ctrlib.load(run)
+    with pytest.raises(ConfigError, match=message):
+        exporting.export(artifact, tmp_path / "program")
+    with pytest.raises(ConfigError, match=message):
+        exporting.verify(artifact, graphs.tables()[0], {})
+    pq.write_table(graphs.tables()[0], tmp_path / "nodes.parquet")
+    rows, out = str(tmp_path / "nodes.parquet"), str(tmp_path / "out")
+    for command in (["evaluate", rows], ["calibrate", rows], ["export", "--out", out], ["verify", rows]):
+        found = CliRunner().invoke(app, [command[0], str(run), *command[1:]])
+        assert isinstance(found.exception, ConfigError)
+        assert f"{command[0]} is for models of rows" in str(found.exception)
+    assert not (tmp_path / "out").exists()
+    assert ctrlib.load(run).predict(graphs.tables()[0].slice(0, 2)).sum(1) == pytest.approx(1)
 
 
 def test_monitor_by_accuracy_and_what_the_rows_lack(tmp_path: Path) -> None:

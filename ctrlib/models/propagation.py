@@ -5,6 +5,7 @@ Shape letters: B nodes, C width, E edges.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast, get_args
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Edges
 from ctrlib.config import Component, ConfigError, check_choice, fraction, positive
 from ctrlib.ragged import segment_sum
+from ctrlib.schema import DataError
 
 PropagationName = Literal["sgc", "appnp", "gcn", "none"]
 
@@ -92,10 +94,12 @@ class Propagation(Component, nn.Module):
         super().__init__()
         self.config = config
         self.in_width = config.units if config.name == "gcn" else width
-        self.layers = nn.ModuleList()
+        self.layers, self.biases = nn.ModuleList(), nn.ParameterList()
         if config.name == "gcn":
             widths = [config.units] * config.hops + [width]
-            self.layers.extend(nn.Linear(a, b) for a, b in pairwise(widths))
+            self.layers.extend(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
+            self.biases.extend(nn.Parameter(torch.zeros(b)) for b in widths[1:])
+            self.register_load_state_dict_pre_hook(_refuse_inner_biases)
 
     @property
     def reach(self) -> int:
@@ -110,9 +114,9 @@ class Propagation(Component, nn.Module):
             return x_BC if edges is None else take(edges, x_BC)
 
         if config.name == "gcn":
-            for i, layer in enumerate(self.layers):
+            for i, (layer, bias) in enumerate(zip(self.layers, self.biases, strict=True)):
                 x_BC = F.dropout(h_BC.relu(), config.dropout, self.training) if i else h_BC
-                h_BC = smooth(layer(x_BC))  # the last layer is narrow, so weights first
+                h_BC = smooth(layer(x_BC)) + bias  # the last layer is narrow, so weights first
             return h_BC
         z_BC = h_BC
         for _ in range(self.reach):
@@ -121,6 +125,12 @@ class Propagation(Component, nn.Module):
 
     def __call__(self, h_BC: Tensor, edges: Edges | None) -> Tensor:
         return cast(Tensor, super().__call__(h_BC, edges))
+
+
+def _refuse_inner_biases(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Weights that were trained as Ã(H W + b) would give other numbers here, and no b gives theirs."""
+    if f"{prefix}layers.0.bias" in state:
+        raise DataError("the weights are of an older gcn, which smoothed its bias along the edges; train the model again")
 
 
 def check_reach(propagation: Propagation.Config, fan_outs: tuple[int, ...]) -> None:

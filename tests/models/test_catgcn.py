@@ -18,7 +18,7 @@ from ctrlib.models.catgcn import CatGCN, node_preset
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.models.propagation import Propagation, take
-from ctrlib.schema import BatchLayout, DenseColumn, SequenceColumn, SparseColumn
+from ctrlib.schema import BatchLayout, DataError, DenseColumn, SequenceColumn, SparseColumn
 from tests import graphs
 
 GRAPH = graphs.graph()
@@ -74,10 +74,42 @@ def test_propagations_equal_their_formulas() -> None:
         z = 0.8 * dense @ z + 0.2 * h
     torch.testing.assert_close(appnp(h, GRAPH.edges), z, rtol=0, atol=1e-12)
     gcn = Propagation(Propagation.Config(name="gcn", hops=2, units=3), 2).double()
-    first, second = ((layer.weight.T, layer.bias) for layer in gcn.layers)
-    hidden = (dense @ (h @ first[0] + first[1])).relu()  # type: ignore[operator]
-    torch.testing.assert_close(gcn(h, GRAPH.edges), dense @ (hidden @ second[0] + second[1]), rtol=0, atol=1e-12)  # type: ignore[operator]
+    for bias in gcn.biases:
+        nn.init.normal_(bias)
+    w0, w1 = (layer.weight.T for layer in gcn.layers)
+    hidden = (dense @ h @ w0 + gcn.biases[0]).relu()  # type: ignore[operator]
+    torch.testing.assert_close(gcn(h, GRAPH.edges), dense @ hidden @ w1 + gcn.biases[1], rtol=0, atol=1e-12)
     assert torch.equal(Propagation(Propagation.Config(name="none"), 3)(h, GRAPH.edges), h)
+
+
+STAR = Adjacency.from_pairs(np.zeros(3, np.int64), np.arange(1, 4), 4)
+
+
+def test_bias_of_gcn_is_not_smoothed() -> None:
+    """Ã H·0 + 1 = 1 for every node; Ã(H·0 + 1) would be 1.31 for the middle of a star, and 0.85 for the others."""
+    gcn = Propagation(Propagation.Config(name="gcn", hops=1, units=2), 2)
+    nn.init.zeros_(gcn.layers[0].weight)  # type: ignore[arg-type]
+    nn.init.ones_(gcn.biases[0])
+    assert torch.equal(gcn(torch.randn(4, 2), STAR.normalized()), torch.ones(4, 2))
+
+
+def test_gcn_equals_that_of_torch_geometric() -> None:
+    conv = pytest.importorskip("torch_geometric.nn", exc_type=ImportError).GCNConv(3, 3).double()
+    gcn = Propagation(Propagation.Config(name="gcn", hops=1, units=3), 3).double()
+    nn.init.normal_(conv.bias)
+    with torch.no_grad():
+        gcn.layers[0].weight.copy_(conv.lin.weight)  # type: ignore[operator, union-attr]
+        gcn.biases[0].copy_(conv.bias)
+    adjacency, h = GRAPH.adjacency, randn(120, 3)
+    index = torch.from_numpy(np.stack([adjacency.rows, adjacency.neighbours.astype(np.int64)]))
+    torch.testing.assert_close(gcn(h, GRAPH.edges), conv(h, index), rtol=0, atol=1e-6)  # weights of edges are float32
+
+
+def test_weights_of_the_older_gcn_are_refused() -> None:
+    gcn = Propagation(Propagation.Config(name="gcn", hops=1, units=2), 2)
+    old = nn.ModuleDict({"propagation": gcn})
+    with pytest.raises(DataError, match="older gcn, which smoothed its bias.*train the model again"):
+        old.load_state_dict({"propagation.layers.0.weight": torch.zeros(2, 2), "propagation.layers.0.bias": torch.zeros(2)})
 
 
 def test_propagation_commutes_with_a_projection() -> None:
