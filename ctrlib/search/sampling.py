@@ -25,7 +25,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from ctrlib.config import ConfigError
 from ctrlib.files import process_alive
 from ctrlib.search.fidelity import Scores, lifted
-from ctrlib.search.hedge import Axis, Hedge, Params, locate, standardised, transfer
+from ctrlib.search.hedge import Axis, Hedge, Params, locate, merged, standardised, transfer
 from ctrlib.search.space import Draw, Space
 
 Method = Literal["hedged", "tpe", "random"]
@@ -72,14 +72,24 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         self._space, self._seed, self._sign, self._rungs = space, seed, sign, rungs
         self._portfolio, self._hedge = portfolio, hedge
         self._chosen: Mapping[str, object] = {}
+        self._error: Exception | None = None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Choose the settings of a trial, all at once."""
+        """Choose the settings of a trial, all at once. An error here would end the search: the trial raises it instead."""
+        self._chosen, self._error = {}, None
+        try:
+            self._chosen = self._choice(study, trial)
+        except Exception as error:
+            self._error = error
+
+    def _choice(self, study: Study, trial: FrozenTrial) -> Mapping[str, object]:
         rng = np.random.default_rng([self._seed, trial.number])
+        asked_again = trial.system_attrs.get("fixed_params", {})
+        if asked_again:  # of a trial that was cut off, maybe before it had all of its settings: the rest must go with them
+            return self._drawn(rng, asked_again, keep=1.0).params
         seen = [t for t in others_of(study, trial.number) if t.params]
         if self._hedge is None or self._hedge.turn(len(seen)) == "random":
-            self._chosen = self._drawn(rng).params
-            return
+            return self._drawn(rng).params
         scores = trial_scores(seen, self._sign)
         values = np.array(lifted(scores, self._rungs))
         done = np.array([t.state.is_finished() for t in seen], dtype=bool)
@@ -90,18 +100,18 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         draws = [self._drawn(rng) for _ in range(_FRESH)]
         draws += [self._drawn(rng, best[i % len(best)].params) for i in range(_NEAR) if best]
         draws += [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
-        axes: dict[str, Axis] = {name: axis for draw in draws for name, axis in draw.axes.items()}
-        candidates, tried = locate(axes, [d.params for d in draws]), locate(axes, [_known(t.params, axes) for t in seen])
+        axes = merged([draw.axes for draw in draws])
+        candidates, tried = (locate(axes, [_known(p, axes) for p in of]) for of in (_params(draws), _params(seen)))
         past = []
         if self._portfolio:
             places = locate(axes, [_known(d.params, axes) for d in self._portfolio])
             # all of it is better than chance, the first most
             past.append((places, 1 + 0.1 * standardised(-np.arange(len(self._portfolio), dtype=np.float64))))
         at = self._hedge.choose(candidates, transfer(past, candidates), tried, transfer(past, tried), values, rng)
-        self._chosen = draws[at].params
+        return draws[at].params
 
-    def _drawn(self, rng: np.random.Generator, near: Params | None = None) -> Draw:
-        draw = Draw(rng, near, _KEEP)
+    def _drawn(self, rng: np.random.Generator, near: Params | None = None, keep: float = _KEEP) -> Draw:
+        draw = Draw(rng, near, keep)
         try:
             self._space(draw)
         except Exception:  # settings that cannot be: the trial that gets them says why
@@ -119,13 +129,32 @@ class HedgedSampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """What was chosen."""
+        """What was chosen.
+
+        Raises:
+            ConfigError: nothing was; says why.
+        """
+        if self._error is not None:
+            raise self._error
+        if param_name not in self._chosen:
+            raise ConfigError(
+                f"the space asks for {param_name!r}, which it did not when the settings were drawn; expected a space that depends "
+                "on nothing but the trial"
+            )
         return self._chosen[param_name]
 
 
+def _params(of: Sequence[Draw] | Sequence[FrozenTrial]) -> list[Params]:
+    return [each.params for each in of]
+
+
 def _known(params: Params, axes: Mapping[str, Axis]) -> dict[str, object]:
-    """Without names that are no choice any more, as after a change of the space."""
-    return {n: v for n, v in params.items() if n in axes and (not axes[n].choices or v in axes[n].choices)}
+    """Without what has no place on its axis, as after a change of the space."""
+
+    def has_place(value: object, axis: Axis) -> bool:
+        return value in axis.choices if axis.choices else isinstance(value, int | float)
+
+    return {n: v for n, v in params.items() if n in axes and has_place(v, axes[n])}
 
 
 def sampler_for(

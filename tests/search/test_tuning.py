@@ -26,6 +26,7 @@ from ctrlib.experiment import prepare, train  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
 from ctrlib.search import tuning  # noqa: E402
+from ctrlib.search.hedge import Hedge  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
 from ctrlib.search.space import AutoSpace  # noqa: E402
 from ctrlib.search.tuning import SearchConfig, search  # noqa: E402
@@ -137,6 +138,30 @@ def test_invalid_points_fail_with_their_reason_and_the_search_goes_on(data: Path
     assert report["trials"]["fail"] == len(report["failures"])
     assert report["trials"]["complete"] > 0
     assert "fit.epochs is 0" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["hedged", "random"])
+def test_choices_that_depend_on_another_parameter_fail_alone(data: Path, tmp_path: Path, method: str) -> None:
+    report = spaces.run(data, tmp_path / "run", spaces.branching, trials=8, method=method, finalists=1, finish_seeds=1)
+    assert report["trials"]["complete"] > 0
+    assert report["trials"]["complete"] + report["trials"]["fail"] == 8
+    assert all("dynamic value space" in f["reason"] for f in report["failures"])
+
+
+def test_an_error_of_the_sampler_is_that_of_a_trial(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    choose = Hedge.choose
+
+    def once(self: Hedge, *args: Any) -> int:
+        calls.append(0)
+        if len(calls) == 1:
+            raise ArithmeticError("not positive definite")
+        return choose(self, *args)
+
+    monkeypatch.setattr(Hedge, "choose", once)
+    report = spaces.run(data, tmp_path / "run", trials=2, finalists=1, finish_seeds=1)
+    assert [(f["trial"], f["reason"]) for f in report["failures"]] == [(0, "ArithmeticError: not positive definite")]
+    assert report["trials"]["complete"] == 1
 
 
 def test_a_space_without_a_valid_point_says_why(data: Path, tmp_path: Path) -> None:
