@@ -36,6 +36,9 @@ _HEARTBEAT = 60  # seconds
 GRACE = 180
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
 _TRIES = 5
+_KILLS = 2  # of the process of the same settings, after which they are not asked again
+_REPEATS = "repeats"
+_CARRIED = ("single_epoch", "one_epoch", "whole_seconds", "metrics")  # what was found on rungs that are not trained again
 
 
 def tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -170,7 +173,22 @@ def sampler_for(
 def others_of(study: Study, number: int | None = None) -> list[FrozenTrial]:
     """The trials that count, but for one: not those that were cut off, which another one takes up."""
     trials = study.get_trials(deepcopy=False)
-    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or "error" in t.user_attrs)]
+    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or failure(t) is not None)]
+
+
+def failure(trial: FrozenTrial) -> str | None:
+    """Why a trial failed for good; ``None``: it did not, or was cut off and another one takes it up, or repeats another."""
+    if "error" in trial.user_attrs:
+        return str(trial.user_attrs["error"])
+    if trial.state != TrialState.FAIL or _REPEATS in trial.user_attrs:
+        return None
+    return f"its process was killed {_KILLS} times" if _kills(trial) >= _KILLS else None
+
+
+def _kills(trial: FrozenTrial) -> int:
+    """How often the process of these settings was killed: one that was interrupted still said how long it took."""
+    earlier = int(trial.user_attrs.get("kills", "continues" in trial.user_attrs))
+    return earlier + ("seconds" not in trial.user_attrs)
 
 
 def trial_scores(trials: Sequence[FrozenTrial], sign: float) -> list[Scores]:
@@ -240,33 +258,85 @@ def _mend(journal: Path) -> None:
             file.truncate(whole)
 
 
-def here() -> str:
-    """This process, as trials name it."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+def mark_as_own(trial: optuna.Trial) -> None:
+    """Say which process is at work on a trial, and see that no other trial takes up the same lost one.
+
+    Raises:
+        RepeatedTrialError: one does. Two processes that look for lost trials at once ask for the same settings twice; the
+            first of the two is trained.
+    """
+    lost = trial.user_attrs.get("continues")
+    if lost is not None:
+        others = trial.study.get_trials(deepcopy=False)
+        first = min(t.number for t in others if t.user_attrs.get("continues") == lost)
+        if first < trial.number:
+            trial.set_user_attr(_REPEATS, first)
+            raise RepeatedTrialError(f"trial {first} takes up trial {lost} already")
+    trial.set_user_attr("process", _began(os.getpid()))
+    trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+
+
+class RepeatedTrialError(Exception):
+    """A trial that another one makes needless."""
 
 
 def take_up_lost(study: Study) -> int:
     """Ask again for the settings of trials whose process is gone; returns how many there were.
 
-    What they had measured on their rungs goes along, so that nothing is trained twice.
+    What they had measured on their rungs goes along, so that nothing is trained twice. To be called by a process that is not at
+    work on a trial.
     """
-    host = socket.gethostname()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
-        if owner == host and not process_alive(int(process)):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if _gone(trial):
+            try:
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            except optuna.exceptions.UpdateFinishedTrialError:  # by another process, which looked at the same time
+                continue
     before = len(study.get_trials(deepcopy=False))
     for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
         again(study, trial)
     return len(study.get_trials(deepcopy=False)) - before
 
 
+def _gone(trial: FrozenTrial) -> bool:
+    """Whether the process of a trial ended, as far as this machine can know. A number alone does not name a process: in a
+    container that was started again, the new one has the number of the old."""
+    host, _, number = str(trial.user_attrs.get("worker", "")).rpartition(":")
+    if host != socket.gethostname():
+        return False
+    if int(number) == os.getpid() or not process_alive(int(number)):
+        return True
+    began, now = trial.user_attrs.get("process"), _began(int(number))
+    return began is not None and now is not None and began != now
+
+
+def _began(process: int) -> str | None:
+    """When a process of this machine began, in ticks since the machine did; ``None`` where the system does not say."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]  # field 22; the second one, a name in brackets, may hold spaces
+
+
 def again(study: Study, trial: FrozenTrial) -> None:
-    """Ask once more for the settings of a trial that was cut off, unless that was done. One that failed stays failed."""
-    if "error" in trial.user_attrs or not trial.params:
+    """Ask once more for the settings of a trial that was cut off, unless that was done, or a retry was killed as well. One that
+    failed stays failed."""
+    if failure(trial) is not None or _REPEATS in trial.user_attrs or not trial.params:
         return
     others = study.get_trials(deepcopy=False)
     if any(t.user_attrs.get("continues") == trial.number for t in others):
         return
     rungs = {str(rung): value for rung, value in trial.intermediate_values.items()}
-    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, "rungs": rungs})
+    attributes = {name: trial.user_attrs[name] for name in _CARRIED if name in trial.user_attrs} | {
+        "continues": trial.number,
+        "origin": origin(trial.user_attrs, trial.number),
+        "kills": _kills(trial),
+        "rungs": {**trial.user_attrs.get("rungs", {}), **rungs},
+    }
+    study.enqueue_trial(trial.params, user_attrs=attributes)
+
+
+def origin(attributes: Mapping[str, Any], number: int) -> int:
+    """The trial that first had the settings, whose number gives their seed; ``attributes``: of the trial of this number."""
+    return int(attributes.get("origin", attributes.get("continues", number)))

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -375,6 +376,28 @@ def test_kill_of_one_worker(data: Path, tmp_path: Path) -> None:
     assert sum("continues" in t.user_attrs for t in trials) == 1
     assert 4 <= sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials) <= 5
     assert json.loads((out / "report.json").read_text())["lost"] == 1
+
+
+def test_kill_between_the_last_rung_and_the_end_of_its_trial(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spaces.run(data, out, trials=1, finalists=1, finish_seeds=1)
+    [done] = _trials(out)
+    storage = open_storage(None, out / "study.journal")
+    study = optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
+    study.enqueue_trial({"learning_rate": 0.01, "width": 8})
+    trial = study.ask()
+    spaces.small(trial)
+    for name, value in done.user_attrs.items():
+        if name != "seconds":
+            trial.set_user_attr(name, value)
+    trial.set_user_attr("worker", f"{socket.gethostname()}:{2**22 + 1}")
+    trial.report(0.3, 0)
+    report = spaces.run(data, out, trials=2, resume=True, finalists=1, finish_seeds=1)
+    assert report["trials"]["complete"] == 2
+    last = _trials(out)[-1]
+    assert (last.value, last.user_attrs["continues"]) == (0.3, 1)
+    assert last.user_attrs["metrics"] == done.user_attrs["metrics"]
+    assert report["best"] == last.number
 
 
 def test_auto_space_reaches_other_processes() -> None:
