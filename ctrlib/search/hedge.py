@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -55,6 +55,20 @@ class Axis:
         if self.log:
             return math.log(max(number, self.low) / self.low) / math.log(self.high / self.low)
         return (number - self.low) / (self.high - self.low)
+
+
+def merged(axes: Sequence[Mapping[str, Axis]]) -> dict[str, Axis]:
+    """One axis for each name, where a parameter's range depends on another one: the range or the choices of all together.
+    A name that is a choice here and a number there is a choice."""
+    found: dict[str, Axis] = {}
+    for name, axis in (item for of in axes for item in of.items()):
+        other = found.get(name, axis)
+        if axis.choices or other.choices:
+            found[name] = replace(other, choices=tuple(dict.fromkeys((*other.choices, *axis.choices))))
+        else:
+            low, high = min(axis.low, other.low), max(axis.high, other.high)
+            found[name] = replace(other, low=low, high=high, log=axis.log and other.log)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ctrlib.config import ConfigError
 from ctrlib.files import json_text
 from ctrlib.search.fidelity import active_rungs, one_epoch
 from ctrlib.search.finish import Finalist
-from ctrlib.search.sampling import others_of, trial_scores
+from ctrlib.search.sampling import failure, others_of, trial_scores
 from ctrlib.search.trials import Metric, sign
 from ctrlib.search.worker import Work
 
@@ -33,7 +33,7 @@ def finalists(study: Study, work: Work) -> list[Finalist]:
     """
     trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
     if not trials:
-        ended = [t.user_attrs.get("error") or t.user_attrs.get("stopped") for t in study.get_trials(deepcopy=False)]
+        ended = [failure(t) or t.user_attrs.get("stopped") for t in study.get_trials(deepcopy=False)]
         reasons = list(dict.fromkeys(str(reason) for reason in ended if reason))
         latencies = [t.user_attrs["latency_ms"] for t in study.get_trials(deepcopy=False) if "latency_ms" in t.user_attrs]
         fastest = f" The fastest model took {min(latencies):.3g} ms." if work.config.latency_ms and latencies else ""
@@ -43,10 +43,15 @@ def finalists(study: Study, work: Work) -> list[Finalist]:
         best.setdefault(json_text(trial.params), trial)
     ranked = [_finalist(t, work, main=True) for t in best.values()]
     used = time.time() - work.began
-    chosen = ranked[: work.budget.affordable(used, [float(t.user_attrs["whole_seconds"]) for t in best.values()])]
+    chosen = ranked[: work.budget.affordable(used, [_seconds(t) for t in best.values()])]
     front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
     extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
     return [*chosen, *extra[: _PARETO_EXTRA if work.config.budget is None else 1]]
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    """On all rows. Studies of earlier versions may lack it, of a trial that was killed after its last rung."""
+    return float(trial.user_attrs.get("whole_seconds", trial.user_attrs.get("seconds", 0.0)))
 
 
 def _finalist(trial: FrozenTrial, work: Work, main: bool) -> Finalist:
@@ -86,18 +91,18 @@ def facts(study: Study, work: Work) -> dict[str, Any]:
         "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
         "rungs": [{"share": share, "used": i in active} for i, share in enumerate(work.rungs)],
         "noise": study.user_attrs.get("noise"),
-        "one_epoch": one_epoch([t.user_attrs["one_epoch"] for t in trials if "one_epoch" in t.user_attrs]),
+        "one_epoch": one_epoch([t.user_attrs["one_epoch"] for t in others_of(study) if "one_epoch" in t.user_attrs]),
         "importance": _importance(study, complete),
         "curve": sorted(curve, key=lambda point: float(point["seconds"] or 0)),
         "failures": [
-            {"trial": t.number, "params": t.params, "reason": t.user_attrs["error"]} for t in trials if "error" in t.user_attrs
+            {"trial": t.number, "params": t.params, "reason": reason} for t in trials if (reason := failure(t)) is not None
         ],
         "stopped": [
             {"trial": t.number, "name": t.user_attrs.get("name"), "reason": t.user_attrs["stopped"]}
             for t in trials
             if "stopped" in t.user_attrs
         ],
-        "lost": sum("continues" in t.user_attrs for t in trials),
+        "lost": len({t.user_attrs["continues"] for t in trials if "continues" in t.user_attrs}),
     }
 
 

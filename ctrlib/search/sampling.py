@@ -25,7 +25,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from ctrlib.config import ConfigError
 from ctrlib.files import process_alive
 from ctrlib.search.fidelity import Scores, lifted
-from ctrlib.search.hedge import Axis, Hedge, Params, locate, standardised, transfer
+from ctrlib.search.hedge import Axis, Hedge, Params, locate, merged, standardised, transfer
 from ctrlib.search.space import Draw, Space
 
 Method = Literal["hedged", "tpe", "random"]
@@ -36,6 +36,9 @@ _HEARTBEAT = 60  # seconds
 GRACE = 180
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
 _TRIES = 5
+_KILLS = 2  # of the process of the same settings, after which they are not asked again
+_REPEATS = "repeats"
+_CARRIED = ("single_epoch", "one_epoch", "whole_seconds", "metrics")  # what was found on rungs that are not trained again
 
 
 def tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -72,14 +75,24 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         self._space, self._seed, self._sign, self._rungs = space, seed, sign, rungs
         self._portfolio, self._hedge = portfolio, hedge
         self._chosen: Mapping[str, object] = {}
+        self._error: Exception | None = None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Choose the settings of a trial, all at once."""
+        """Choose the settings of a trial, all at once. An error here would end the search: the trial raises it instead."""
+        self._chosen, self._error = {}, None
+        try:
+            self._chosen = self._choice(study, trial)
+        except Exception as error:
+            self._error = error
+
+    def _choice(self, study: Study, trial: FrozenTrial) -> Mapping[str, object]:
         rng = np.random.default_rng([self._seed, trial.number])
+        asked_again = trial.system_attrs.get("fixed_params", {})
+        if asked_again:  # of a trial that was cut off, maybe before it had all of its settings: the rest must go with them
+            return self._drawn(rng, asked_again, keep=1.0).params
         seen = [t for t in others_of(study, trial.number) if t.params]
         if self._hedge is None or self._hedge.turn(len(seen)) == "random":
-            self._chosen = self._drawn(rng).params
-            return
+            return self._drawn(rng).params
         scores = trial_scores(seen, self._sign)
         values = np.array(lifted(scores, self._rungs))
         done = np.array([t.state.is_finished() for t in seen], dtype=bool)
@@ -90,18 +103,18 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         draws = [self._drawn(rng) for _ in range(_FRESH)]
         draws += [self._drawn(rng, best[i % len(best)].params) for i in range(_NEAR) if best]
         draws += [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
-        axes: dict[str, Axis] = {name: axis for draw in draws for name, axis in draw.axes.items()}
-        candidates, tried = locate(axes, [d.params for d in draws]), locate(axes, [_known(t.params, axes) for t in seen])
+        axes = merged([draw.axes for draw in draws])
+        candidates, tried = (locate(axes, [_known(p, axes) for p in of]) for of in (_params(draws), _params(seen)))
         past = []
         if self._portfolio:
             places = locate(axes, [_known(d.params, axes) for d in self._portfolio])
             # all of it is better than chance, the first most
             past.append((places, 1 + 0.1 * standardised(-np.arange(len(self._portfolio), dtype=np.float64))))
         at = self._hedge.choose(candidates, transfer(past, candidates), tried, transfer(past, tried), values, rng)
-        self._chosen = draws[at].params
+        return draws[at].params
 
-    def _drawn(self, rng: np.random.Generator, near: Params | None = None) -> Draw:
-        draw = Draw(rng, near, _KEEP)
+    def _drawn(self, rng: np.random.Generator, near: Params | None = None, keep: float = _KEEP) -> Draw:
+        draw = Draw(rng, near, keep)
         try:
             self._space(draw)
         except Exception:  # settings that cannot be: the trial that gets them says why
@@ -119,13 +132,32 @@ class HedgedSampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """What was chosen."""
+        """What was chosen.
+
+        Raises:
+            ConfigError: nothing was; says why.
+        """
+        if self._error is not None:
+            raise self._error
+        if param_name not in self._chosen:
+            raise ConfigError(
+                f"the space asks for {param_name!r}, which it did not when the settings were drawn; expected a space that depends "
+                "on nothing but the trial"
+            )
         return self._chosen[param_name]
 
 
+def _params(of: Sequence[Draw] | Sequence[FrozenTrial]) -> list[Params]:
+    return [each.params for each in of]
+
+
 def _known(params: Params, axes: Mapping[str, Axis]) -> dict[str, object]:
-    """Without names that are no choice any more, as after a change of the space."""
-    return {n: v for n, v in params.items() if n in axes and (not axes[n].choices or v in axes[n].choices)}
+    """Without what has no place on its axis, as after a change of the space."""
+
+    def has_place(value: object, axis: Axis) -> bool:
+        return value in axis.choices if axis.choices else isinstance(value, int | float)
+
+    return {n: v for n, v in params.items() if n in axes and has_place(v, axes[n])}
 
 
 def sampler_for(
@@ -141,7 +173,22 @@ def sampler_for(
 def others_of(study: Study, number: int | None = None) -> list[FrozenTrial]:
     """The trials that count, but for one: not those that were cut off, which another one takes up."""
     trials = study.get_trials(deepcopy=False)
-    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or "error" in t.user_attrs)]
+    return [t for t in trials if t.number != number and (t.state != TrialState.FAIL or failure(t) is not None)]
+
+
+def failure(trial: FrozenTrial) -> str | None:
+    """Why a trial failed for good; ``None``: it did not, or was cut off and another one takes it up, or repeats another."""
+    if "error" in trial.user_attrs:
+        return str(trial.user_attrs["error"])
+    if trial.state != TrialState.FAIL or _REPEATS in trial.user_attrs:
+        return None
+    return f"its process was killed {_KILLS} times" if _kills(trial) >= _KILLS else None
+
+
+def _kills(trial: FrozenTrial) -> int:
+    """How often the process of these settings was killed: one that was interrupted still said how long it took."""
+    earlier = int(trial.user_attrs.get("kills", "continues" in trial.user_attrs))
+    return earlier + ("seconds" not in trial.user_attrs)
 
 
 def trial_scores(trials: Sequence[FrozenTrial], sign: float) -> list[Scores]:
@@ -211,33 +258,85 @@ def _mend(journal: Path) -> None:
             file.truncate(whole)
 
 
-def here() -> str:
-    """This process, as trials name it."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+def mark_as_own(trial: optuna.Trial) -> None:
+    """Say which process is at work on a trial, and see that no other trial takes up the same lost one.
+
+    Raises:
+        RepeatedTrialError: one does. Two processes that look for lost trials at once ask for the same settings twice; the
+            first of the two is trained.
+    """
+    lost = trial.user_attrs.get("continues")
+    if lost is not None:
+        others = trial.study.get_trials(deepcopy=False)
+        first = min(t.number for t in others if t.user_attrs.get("continues") == lost)
+        if first < trial.number:
+            trial.set_user_attr(_REPEATS, first)
+            raise RepeatedTrialError(f"trial {first} takes up trial {lost} already")
+    trial.set_user_attr("process", _began(os.getpid()))
+    trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+
+
+class RepeatedTrialError(Exception):
+    """A trial that another one makes needless."""
 
 
 def take_up_lost(study: Study) -> int:
     """Ask again for the settings of trials whose process is gone; returns how many there were.
 
-    What they had measured on their rungs goes along, so that nothing is trained twice.
+    What they had measured on their rungs goes along, so that nothing is trained twice. To be called by a process that is not at
+    work on a trial.
     """
-    host = socket.gethostname()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner, _, process = str(trial.user_attrs.get("worker", "")).rpartition(":")
-        if owner == host and not process_alive(int(process)):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if _gone(trial):
+            try:
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            except optuna.exceptions.UpdateFinishedTrialError:  # by another process, which looked at the same time
+                continue
     before = len(study.get_trials(deepcopy=False))
     for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
         again(study, trial)
     return len(study.get_trials(deepcopy=False)) - before
 
 
+def _gone(trial: FrozenTrial) -> bool:
+    """Whether the process of a trial ended, as far as this machine can know. A number alone does not name a process: in a
+    container that was started again, the new one has the number of the old."""
+    host, _, number = str(trial.user_attrs.get("worker", "")).rpartition(":")
+    if host != socket.gethostname():
+        return False
+    if int(number) == os.getpid() or not process_alive(int(number)):
+        return True
+    began, now = trial.user_attrs.get("process"), _began(int(number))
+    return began is not None and now is not None and began != now
+
+
+def _began(process: int) -> str | None:
+    """When a process of this machine began, in ticks since the machine did; ``None`` where the system does not say."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]  # field 22; the second one, a name in brackets, may hold spaces
+
+
 def again(study: Study, trial: FrozenTrial) -> None:
-    """Ask once more for the settings of a trial that was cut off, unless that was done. One that failed stays failed."""
-    if "error" in trial.user_attrs or not trial.params:
+    """Ask once more for the settings of a trial that was cut off, unless that was done, or a retry was killed as well. One that
+    failed stays failed."""
+    if failure(trial) is not None or _REPEATS in trial.user_attrs or not trial.params:
         return
     others = study.get_trials(deepcopy=False)
     if any(t.user_attrs.get("continues") == trial.number for t in others):
         return
     rungs = {str(rung): value for rung, value in trial.intermediate_values.items()}
-    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, "rungs": rungs})
+    attributes = {name: trial.user_attrs[name] for name in _CARRIED if name in trial.user_attrs} | {
+        "continues": trial.number,
+        "origin": origin(trial.user_attrs, trial.number),
+        "kills": _kills(trial),
+        "rungs": {**trial.user_attrs.get("rungs", {}), **rungs},
+    }
+    study.enqueue_trial(trial.params, user_attrs=attributes)
+
+
+def origin(attributes: Mapping[str, Any], number: int) -> int:
+    """The trial that first had the settings, whose number gives their seed; ``attributes``: of the trial of this number."""
+    return int(attributes.get("origin", attributes.get("continues", number)))

@@ -25,7 +25,7 @@ from ctrlib.memory import table_memory
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import OOV_ID, BatchLayout, DataError, Schema, SequenceField, SparseField
 from ctrlib.search.combinations import CombinationTally
-from ctrlib.search.screening import OutRankConfig, Tally, columns, dense_codes, label_column, permuted, relevance
+from ctrlib.search.screening import OutRankConfig, Tally, columns, dense_codes, label_column, permuted, quantile_bins, relevance
 
 _log = logging.getLogger("ctrlib")
 Ints = npt.NDArray[np.int64]
@@ -319,10 +319,7 @@ def _drift(store: Store, rng: np.random.Generator) -> dict[str, dict[str, float]
         for i, c in enumerate(group):
             both = [getattr(batch, part)[:, i].numpy() for batch in parts]
             if part == "dense":
-                x_N = np.concatenate(both)
-                present = x_N[~np.isnan(x_N)]
-                edges = np.unique(np.quantile(present, np.linspace(0, 1, 33)[1:-1])) if len(present) else present
-                codes = np.where(np.isnan(x_N), len(edges) + 1, np.searchsorted(edges, x_N, side="right"))
+                codes = quantile_bins(np.concatenate(both), OutRankConfig().num_bins)
             else:
                 codes = _frequent(np.concatenate(both))
                 vocabulary = store.encoder.vocabularies.get(c.table)

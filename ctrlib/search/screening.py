@@ -343,7 +343,7 @@ def columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[
     for i, sparse in enumerate(layout.sparse):
         yield sparse.name, batch.sparse[:, i].numpy(), None
     for i, dense in enumerate(layout.dense):
-        yield dense.name, _quantile_bins(batch.dense[:, i].numpy(), num_bins), None
+        yield dense.name, quantile_bins(batch.dense[:, i].numpy(), num_bins), None
     for column in layout.sequences:
         ragged = batch.sequences[column.name].flat
         lengths = ragged.offsets.diff().numpy()
@@ -353,13 +353,18 @@ def columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[
         yield column.name, codes, np.concatenate([row, empty])
 
 
-def _quantile_bins(x_N: npt.NDArray[np.float32], num_bins: int) -> Ints:
-    """The quantile bin of every number among those present; missing ones have a bin of their own."""
+def quantile_bins(x_N: npt.NDArray[np.float32], num_bins: int) -> Ints:
+    """The quantile bin of every number among those present; missing ones have a bin of their own.
+
+    So has a number that is an edge: of one that is mostly a single value all edges are that value, and what is told by being
+    above or below it would be lost.
+    """
     gone_N = np.isnan(x_N)
     if gone_N.all():
         return np.zeros(len(x_N), dtype=np.int64)
     edges = np.unique(np.quantile(x_N[~gone_N], np.arange(1, num_bins) / num_bins))
-    return np.where(gone_N, len(edges) + 1, np.searchsorted(edges, x_N, side="right"))
+    between_N = np.searchsorted(edges, x_N, side="left") + np.searchsorted(edges, x_N, side="right")
+    return np.where(gone_N, 2 * len(edges) + 1, between_N)
 
 
 def dense_codes(values: npt.NDArray[Any]) -> Ints:

@@ -108,15 +108,15 @@ class Draw:
         axes: of the parameters asked for, see :class:`~ctrlib.search.hedge.Axis`.
     """
 
-    def __init__(self, rng: np.random.Generator, fixed: Params | None = None, keep: float = 1.0) -> None:
-        """``keep``: chance that a fixed value is kept, one by one."""
+    def __init__(self, rng: np.random.Generator, fixed: Params | None = None, keep: float = 1.0, clip: bool = False) -> None:
+        """``keep``: chance that a fixed value is kept, one by one; ``clip``: a fixed number beyond its range is the nearest of it."""
         self.params: dict[str, object] = {}
         self.axes: dict[str, Axis] = {}
-        self._rng, self._fixed, self._keep = rng, fixed or {}, keep
+        self._rng, self._fixed, self._keep, self._clip = rng, fixed or {}, keep, clip
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         """A number in [low, high]."""
-        kept = self._kept(name, lambda value: low <= value <= high)
+        kept = self._number(name, low, high, lambda value: True)
         if kept is not None:
             value = float(kept)
         elif step is not None:
@@ -130,7 +130,7 @@ class Draw:
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """A whole number from low to high."""
-        kept = self._kept(name, lambda value: low <= value <= high and (value - low) % step == 0)
+        kept = self._number(name, low, high, lambda value: (value - low) % step == 0)
         if kept is not None:
             value = int(kept)
         elif log:
@@ -152,6 +152,13 @@ class Draw:
         value = self._fixed.get(name)
         keep = self._keep >= 1 or self._rng.random() < self._keep
         return value if value is not None and keep and allowed(value) else None
+
+    def _number(self, name: str, low: float, high: float, on_grid: Callable[[Any], bool]) -> Any:
+        kept = self._kept(name, lambda value: self._clip or low <= value <= high)
+        if kept is None:
+            return None
+        inside = min(max(kept, low), high)
+        return inside if on_grid(inside) else None
 
     def _answered(self, name: str, value: float, low: float, high: float, log: bool) -> None:
         self.params[name] = value
@@ -328,15 +335,17 @@ class Portfolio:
     )
 
     def draws(self, space: Space) -> list[Draw]:
-        """The members that the space knows: all of their values are in its ranges."""
+        """The members that the space knows: all of their names are among its choices. A number beyond its range, as the usual
+        batch is for few rows, is the nearest one of it."""
         found = []
         for member in self.members:
-            draw = Draw(np.random.default_rng(0), member)
+            draw = Draw(np.random.default_rng(0), member, clip=True)
             try:
                 space(draw)
             except ConfigError:
                 continue
-            if all(draw.params[name] == value for name, value in member.items() if name in draw.params):
+            names = [name for name, axis in draw.axes.items() if axis.choices and name in member]
+            if all(draw.params[name] == member[name] for name in names):
                 found.append(draw)
         return found
 

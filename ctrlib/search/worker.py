@@ -22,7 +22,18 @@ from optuna.trial import FrozenTrial, TrialState
 from ctrlib.config import ConfigError, check_choice, positive
 from ctrlib.search.budget import Budget
 from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, one_epoch, promotes
-from ctrlib.search.sampling import GRACE, Method, here, opened_storage, others_of, sampler_for, take_up_lost, trial_scores
+from ctrlib.search.sampling import (
+    GRACE,
+    Method,
+    failure,
+    mark_as_own,
+    opened_storage,
+    origin,
+    others_of,
+    sampler_for,
+    take_up_lost,
+    trial_scores,
+)
 from ctrlib.search.space import MODELS, AutoSpace, Candidate, Portfolio, Space, candidate_of
 from ctrlib.search.trials import (
     Metric,
@@ -223,7 +234,7 @@ def _counts(trial: FrozenTrial) -> bool:
     """Whether a trial is one of those the budget pays for: not one that was cut off, and is taken up by another."""
     if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
         return True
-    return trial.state == TrialState.FAIL and "error" in trial.user_attrs
+    return trial.state == TrialState.FAIL and failure(trial) is not None
 
 
 def _whole(trials: Sequence[FrozenTrial]) -> list[float]:
@@ -235,10 +246,11 @@ def _objective(trial: optuna.Trial, work: Work) -> float:
     """The metric of one trial, on all rows.
 
     Raises:
+        RepeatedTrialError: another trial takes up the same lost one.
         optuna.TrialPruned: it did not go on from a rung, is too slow, or out of time.
         Exception: the settings cannot be trained; the reason is kept with the trial.
     """
-    trial.set_user_attr("worker", here())
+    mark_as_own(trial)
     started = time.monotonic()
     try:
         candidate = candidate_of(work.space(trial))
@@ -263,7 +275,9 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
     """Train on one rung after the other."""
     config, study = work.config, trial.study
     others = others_of(study, trial.number)
-    known = one_epoch([t.user_attrs["one_epoch"] for t in others if "one_epoch" in t.user_attrs])
+    known = trial.user_attrs.get("single_epoch")  # of a trial that goes on as it began
+    if known is None:
+        known = one_epoch([t.user_attrs["one_epoch"] for t in others if "one_epoch" in t.user_attrs])
     trial.set_user_attr("single_epoch", known)
     run = settled(candidate.run, config.metric, known)
     store = work.stores.of(candidate)
@@ -287,7 +301,7 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
                 run,
                 work.rungs[rung],
                 metric=config.metric,
-                seed=trial_seed(config.seed, trial.user_attrs.get("continues", trial.number)),
+                seed=trial_seed(config.seed, origin(trial.user_attrs, trial.number)),
                 deadline=None if longest is None else started + longest,
             )
             value = outcome.value

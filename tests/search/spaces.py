@@ -45,6 +45,19 @@ def invalid(trial: Any) -> RunConfig:
     raise ConfigError("nothing here can be built")
 
 
+def branching(trial: Any) -> RunConfig:
+    """The choices of one parameter depend on another one, which Optuna refuses."""
+    units = trial.suggest_categorical("units", ("16", "8") if trial.suggest_categorical("kind", ("a", "b")) == "a" else ("4",))
+    return tiny(model__interaction__hidden_units=units, fit__epochs="1", workers="0")
+
+
+def conditional(trial: Any) -> RunConfig:
+    """Every kind has a parameter of its own."""
+    kind = trial.suggest_categorical("kind", ("a", "b", "c", "d", "e", "f"))
+    units = trial.suggest_categorical(f"units_{kind}", ("16", "8"))
+    return tiny(model__interaction__hidden_units=units, fit__epochs="1", workers="0")
+
+
 def encodes(trial: Any) -> Candidate:
     """Also minimum counts."""
     return Candidate(run=small(trial), name="tiny", min_count=trial.suggest_categorical("min_count", (1, 3)), numeric="log")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ctrlib.config import ConfigError
-from ctrlib.search.hedge import Axis, Hedge, Places, kernel, locate, standardised, transfer
+from ctrlib.search.hedge import Axis, Hedge, Places, kernel, locate, merged, standardised, transfer
 
 AXES = {
     "l2": Axis(low=1e-8, high=1e-2, log=True, weight=3.0),
@@ -102,3 +102,13 @@ def test_standardised_ranks() -> None:
     z = standardised(np.array([0.1, 5.0, 0.2, 1000.0]))
     np.testing.assert_allclose(z, (np.array([0, 2, 1, 3]) - 1.5) / np.sqrt(1.25))
     assert standardised(np.array([3.0])).tolist() == [0.0]
+
+
+def test_axes_of_a_range_that_depends_on_another_parameter() -> None:
+    here = {"units": Axis(choices=("16", "8")), "rate": Axis(low=0.1, high=1.0, log=True), "mixed": Axis(low=1, high=2)}
+    there = {"units": Axis(choices=("4", "8")), "rate": Axis(low=0.0, high=0.5), "mixed": Axis(choices=("a",))}
+    found = merged([here, there, {}])
+    assert found["units"].choices == ("16", "8", "4")
+    assert (found["rate"].low, found["rate"].high, found["rate"].log) == (0.0, 1.0, False)
+    assert found["mixed"].choices == ("a",)
+    assert merged([here, here]) == here

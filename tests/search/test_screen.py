@@ -100,6 +100,26 @@ def test_noise_of_any_cardinality_ranks_last() -> None:
     assert max(found["fields"], key=lambda f: float(f["plain"]))["name"] == "noise_50000"  # what the correction is for
 
 
+def test_a_number_that_is_mostly_one_value_is_a_leak_and_drifts() -> None:
+    """Money that only clicks bring: nothing in 98 of 100 rows, so that all quantiles are 0."""
+
+    def rows(count: int, seed: int, spends: float) -> Any:
+        rng = np.random.default_rng(seed)
+        label = (rng.random(count) < 0.02).astype(int)
+        other = np.where(rng.random(count) < spends, rng.exponential(size=count), 0)
+        return pa.table({"spent": label * rng.exponential(size=count), "moves": other, "label": label})
+
+    schema = Schema(fields=(DenseField(name="spent"), DenseField(name="moves")), labels=("label",))
+    found = screen(rows(16_000, 0, 0.0), DataOptions(schema=schema, valid=rows(8000, 1, 0.2), test=rows(10, 2, 0.0)))
+    spent = _field(found, "spent")
+    assert spent["score"] == pytest.approx(found["entropy"], rel=0.02)
+    assert "leak?" in spent["flags"]
+    assert "noise" not in spent["flags"]
+    # of 24,000 equally likely rows of either split, a fifth of one are known: ln 2 - (1 - .1) H(4/9) nats, of ln 2
+    remaining = -0.9 * (4 / 9 * np.log(4 / 9) + 5 / 9 * np.log(5 / 9))
+    assert _field(found, "moves")["drift"] == pytest.approx(1 - remaining / np.log(2), abs=0.01)
+
+
 def _codes(columns: dict[str, Any], y: Any, order: Any, budget: int, blocks: int = 1) -> CombinationTally:
     tally = CombinationTally(list(columns), order, budget)
     rng = np.random.default_rng(0)

@@ -63,6 +63,16 @@ def test_portfolio_is_in_the_space_and_follows_the_models() -> None:
     assert Portfolio().draws(AutoSpace(models=("fm",))) == []
 
 
+@pytest.mark.parametrize("rows", [2_000, 10_000, 16_383])
+def test_portfolio_of_few_rows_has_the_largest_batch_they_allow(rows: int) -> None:
+    draws = Portfolio().draws(AutoSpace(rows=rows, table_rows=1000))
+    whole = Portfolio().draws(AutoSpace(table_rows=1000))
+    assert len(draws) == 8
+    assert {d.params["log2_batch"] for d in draws} == {int(np.log2(rows / 16))}
+    for few, many in zip(draws, whole, strict=True):
+        assert {**few.params, "log2_batch": 10} == many.params
+
+
 def test_drawing_again_keeps_some_of_what_was_good() -> None:
     space = AutoSpace()
     first, _ = _draw(space, 1)

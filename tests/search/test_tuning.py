@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from ctrlib.experiment import prepare, train  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
 from ctrlib.search import tuning  # noqa: E402
+from ctrlib.search.hedge import Hedge  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
 from ctrlib.search.space import AutoSpace  # noqa: E402
 from ctrlib.search.tuning import SearchConfig, search  # noqa: E402
@@ -137,6 +139,30 @@ def test_invalid_points_fail_with_their_reason_and_the_search_goes_on(data: Path
     assert report["trials"]["fail"] == len(report["failures"])
     assert report["trials"]["complete"] > 0
     assert "fit.epochs is 0" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["hedged", "random"])
+def test_choices_that_depend_on_another_parameter_fail_alone(data: Path, tmp_path: Path, method: str) -> None:
+    report = spaces.run(data, tmp_path / "run", spaces.branching, trials=8, method=method, finalists=1, finish_seeds=1)
+    assert report["trials"]["complete"] > 0
+    assert report["trials"]["complete"] + report["trials"]["fail"] == 8
+    assert all("dynamic value space" in f["reason"] for f in report["failures"])
+
+
+def test_an_error_of_the_sampler_is_that_of_a_trial(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    choose = Hedge.choose
+
+    def once(self: Hedge, *args: Any) -> int:
+        calls.append(0)
+        if len(calls) == 1:
+            raise ArithmeticError("not positive definite")
+        return choose(self, *args)
+
+    monkeypatch.setattr(Hedge, "choose", once)
+    report = spaces.run(data, tmp_path / "run", trials=2, finalists=1, finish_seeds=1)
+    assert [(f["trial"], f["reason"]) for f in report["failures"]] == [(0, "ArithmeticError: not positive definite")]
+    assert report["trials"]["complete"] == 1
 
 
 def test_a_space_without_a_valid_point_says_why(data: Path, tmp_path: Path) -> None:
@@ -350,6 +376,28 @@ def test_kill_of_one_worker(data: Path, tmp_path: Path) -> None:
     assert sum("continues" in t.user_attrs for t in trials) == 1
     assert 4 <= sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials) <= 5
     assert json.loads((out / "report.json").read_text())["lost"] == 1
+
+
+def test_kill_between_the_last_rung_and_the_end_of_its_trial(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spaces.run(data, out, trials=1, finalists=1, finish_seeds=1)
+    [done] = _trials(out)
+    storage = open_storage(None, out / "study.journal")
+    study = optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
+    study.enqueue_trial({"learning_rate": 0.01, "width": 8})
+    trial = study.ask()
+    spaces.small(trial)
+    for name, value in done.user_attrs.items():
+        if name != "seconds":
+            trial.set_user_attr(name, value)
+    trial.set_user_attr("worker", f"{socket.gethostname()}:{2**22 + 1}")
+    trial.report(0.3, 0)
+    report = spaces.run(data, out, trials=2, resume=True, finalists=1, finish_seeds=1)
+    assert report["trials"]["complete"] == 2
+    last = _trials(out)[-1]
+    assert (last.value, last.user_attrs["continues"]) == (0.3, 1)
+    assert last.user_attrs["metrics"] == done.user_attrs["metrics"]
+    assert report["best"] == last.number
 
 
 def test_auto_space_reaches_other_processes() -> None:
