@@ -240,7 +240,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
         report |= {"order": order, "relation": dict(best)}
     if config.top is None:
         bar = max(tally.controls.values())
-        passed = {name for name in layout.names if z[name] > 3 and scores[name] > bar}
+        passed = {f.name for f in schema.fields if z[f.name] > 3 and scores[f.name] > bar}  # gaps follow their histories
         if not passed:
             raise DataError(
                 f"no field tells more of {layout.labels[column]!r} than noise does (z above 3, score above {bar:.2g}); "
