@@ -2,7 +2,7 @@
 
 The ids of the crossed fields are written to a temporary file once, a column after the other. Then one pair at a time is counted
 from its two columns, in as many parts of its keys as the limit asks for, so that memory grows with what is kept and not with
-what is seen.
+what is seen. After every part, of whichever pair, all that is kept is held against the limit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from os import cpu_count
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -79,37 +80,70 @@ def fit_crosses(
         memory_mb: what the crosses may take in training, at :data:`VALUE_BYTES` a value; ``None``: half of the free memory.
 
     Raises:
-        DataError: they would take more; says what to change. Pairs are counted largest bound first, so it comes early.
+        DataError: they would take more; says what to change. Pairs are counted largest bound first, and no further than to the
+            limit, so it comes early.
     """
     limit = (half_of_free_mb() if memory_mb is None else memory_mb) * 2**20
     sizes = {c.name: c.vocab_size for c in columns}
     vocabularies: dict[str, Vocabulary | HashBuckets] = {
         c.name: HashBuckets(c.hash_size) for c in crosses if c.hash_size is not None
     }
-    _check_limit(crosses, vocabularies, limit)
+    kept = _Kept(len(crosses), limit)
+    for name, hashed in vocabularies.items():
+        kept.note(name, hashed.size)
+    kept.check()
     counted = [c for c in crosses if c.hash_size is None]
     if not counted:
         return vocabularies
     counted.sort(key=lambda c: -most_values(c, sizes, rows))
     used = {name for c in counted for name in c.of}
-    threads = min(cpu_count() or 1, len(counted)) if rows > BLOCK_ROWS else 1
+    at_once = max(int(limit / (_COUNT_BYTES * _SMALLEST_PART)), 1)  # parts in hand, which may not be smaller
+    threads = min(cpu_count() or 1, len(counted), at_once) if rows > BLOCK_ROWS else 1
     with ExitStack() as stack:
         ids = _spill([(i, c.name) for i, c in enumerate(columns) if c.name in used], blocks, stack)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         bar = stack.enter_context(track("count crosses", len(counted), "crosses"))
 
         def fit(cross: CrossField) -> Vocabulary:
+            kept.check()  # another thread may have come to the limit
             first, second = (ids[name] for name in cross.of)
             seen = min(_most_pairs(cross, sizes), rows)
             parts = math.ceil(max(seen, 1) / max(limit / (_COUNT_BYTES * threads), _SMALLEST_PART))
-            return _fit_cross(cross, first, second, sizes[cross.of[1]], parts)
+            return _fit_cross(cross, first, second, sizes[cross.of[1]], parts, kept)
 
-        for start in range(0, len(counted), threads):
-            some = counted[start : start + threads]
-            vocabularies |= zip((c.name for c in some), pool.map(fit, some), strict=True)
-            _check_limit(crosses, vocabularies, limit)
-            bar.advance(len(some))
+        for cross, vocabulary in zip(counted, pool.map(fit, counted), strict=True):
+            vocabularies[cross.name] = vocabulary
+            bar.advance(1)
     return vocabularies
+
+
+class _Kept:
+    """How many values are kept of each cross so far, for several threads."""
+
+    def __init__(self, crosses: int, limit: float) -> None:
+        self._crosses, self._limit = crosses, limit
+        self._sizes: dict[str, int] = {}
+        self._lock = Lock()
+
+    def note(self, name: str, size: int) -> None:
+        """Of this cross there are so many ids by now."""
+        with self._lock:
+            self._sizes[name] = size
+
+    def check(self) -> None:
+        """Raise :class:`DataError` if all together take more than the limit; every thread then ends with its next part."""
+        with self._lock:
+            sizes = dict(self._sizes)
+        total = sum(sizes.values())
+        if total * VALUE_BYTES <= self._limit:
+            return
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        raise DataError(
+            f"the crosses are too large: {len(sizes)} of {self._crosses} have {total:,} values so far, which take about "
+            f"{total * VALUE_BYTES / 2**20:,.0f} MB in training ({VALUE_BYTES} bytes each); allowed are "
+            f"{self._limit / 2**20:,.0f} MB (cross_memory_mb). Raise their min_count, set max_size or hash_size, cross fewer "
+            "fields, or allow more; the largest: " + ", ".join(f"{name!r} with {sizes[name]:,}" for name in largest)
+        )
 
 
 def _spill(columns: Sequence[tuple[int, str]], blocks: Iterable[Ids], stack: ExitStack) -> dict[str, Ids]:
@@ -131,10 +165,11 @@ def _spill(columns: Sequence[tuple[int, str]], blocks: Iterable[Ids], stack: Exi
     return {name: np.memmap(file, np.int32, "r") for name, file in files.items()}
 
 
-def _fit_cross(cross: CrossField, first: Ids, second: Ids, second_size: int, parts: int) -> Vocabulary:
+def _fit_cross(cross: CrossField, first: Ids, second: Ids, second_size: int, parts: int, kept: _Kept) -> Vocabulary:
     """Count the keys of one pair, those with each remainder modulo ``parts`` in a pass of their own."""
     values: list[Keys] = []
     counts: list[Counts] = []
+    size = 0
     for part in range(parts):
         counter = ValueCounter(pa.int64())
         for start in range(0, len(first), BLOCK_ROWS):
@@ -145,18 +180,14 @@ def _fit_cross(cross: CrossField, first: Ids, second: Ids, second_size: int, par
         frequent = count >= cross.min_count
         values.append(found.to_numpy()[frequent])
         counts.append(count[frequent])
-    return Vocabulary.ordered(pa.array(np.concatenate(values)), np.concatenate(counts), cross.max_size)
+        size += len(counts[-1])
+        kept.note(cross.name, FIRST_VALUE_ID + (size if cross.max_size is None else min(size, cross.max_size)))
+        kept.check()
+        if cross.max_size is not None and size > 2 * cross.max_size:  # what is cut off in the end would be held until then
+            best = _joined(values, counts, cross.max_size)
+            values, counts, size = [best.values.to_numpy()], [best.counts], cross.max_size
+    return _joined(values, counts, cross.max_size)
 
 
-def _check_limit(crosses: Sequence[CrossField], known: Mapping[str, Vocabulary | HashBuckets], limit: float) -> None:
-    sizes = {name: v.size for name, v in known.items()}
-    total = sum(sizes.values())
-    if total * VALUE_BYTES <= limit:
-        return
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    raise DataError(
-        f"the crosses are too large: {len(sizes)} of {len(crosses)} have {total:,} values, which take about "
-        f"{total * VALUE_BYTES / 2**20:,.0f} MB in training ({VALUE_BYTES} bytes each); allowed are {limit / 2**20:,.0f} MB "
-        f"(cross_memory_mb). Raise their min_count, set max_size or hash_size, cross fewer fields, or allow more; the largest: "
-        + ", ".join(f"{name!r} with {sizes[name]:,}" for name in largest)
-    )
+def _joined(values: Sequence[Keys], counts: Sequence[Counts], max_size: int | None) -> Vocabulary:
+    return Vocabulary.ordered(pa.array(np.concatenate(values)), np.concatenate(counts), max_size)

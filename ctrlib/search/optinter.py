@@ -320,8 +320,8 @@ def compact_optinter(model: OptInter, layout: BatchLayout) -> tuple[OptInter, Ba
     if model.logits is None:
         raise ConfigError("only a mixture (choices=None) can be made compact; this model has only what its choices need")
     choices = model.best()
-    unread = _unread(model.pairs, choices)
-    smaller_layout = replace(layout, sparse=tuple(c for c in layout.sparse if c.name not in unread))
+    read = {p.cross for p in model.pairs if choices[p.name] == "memorize"}
+    smaller_layout = replace(layout, sparse=tuple(c for c in layout.sparse if c.parts is None or c.name in read))
     config = _with_choices(model.config, model.pairs, choices)
     small = cast(OptInter, build_model(config, smaller_layout)).to(model.logits.device)
     small.train(model.training)

@@ -92,7 +92,7 @@ def screen(
             with an id of their own are told apart.
         options: see :class:`~ctrlib.experiment.DataOptions`.
         config: see :class:`ScreenConfig`.
-        seed: of permutations and noise controls.
+        seed: of the blocks, permutations, noise controls and samples.
 
     Returns:
         ``label``, ``rows``, ``entropy`` (of the label, nats), ``controls`` (scores of noise), ``fields`` (best first: ``name``,
@@ -141,7 +141,7 @@ def _screen(store: Store, config: ScreenConfig, seed: int) -> dict[str, Any]:
     coverage = _Coverage(store)
     surrogate: dict[str, list[float]] = {name: [] for name in plain}
     labels: list[Ints] = []
-    for batch in Loader(split, config.block_rows, rows=some):
+    for batch in Loader(split, config.block_rows, rows=some, shuffle=True, seed=seed):  # the file may be sorted
         assert batch.labels is not None
         y_N = dense_codes(batch.labels[:, column].numpy())
         tally.add(layout, batch, y_N, rng)
@@ -158,7 +158,7 @@ def _screen(store: Store, config: ScreenConfig, seed: int) -> dict[str, Any]:
     entropy = float(-(rates[rates > 0] * np.log(rates[rates > 0])).sum())
     scores, z, raw = tally.medians("score"), tally.medians("z"), tally.medians("plain")
     combined = {} if together is None else together.combined()
-    copies, drift = _copies(store), _drift(store, rng)
+    copies, drift = _copies(store, rng), _drift(store, rng)
     memory = {name: _memory(store, name, config.dim, 1) for name in layout.names}
     fields = []
     for name in sorted(layout.names, key=lambda n: -scores[n]):
@@ -279,10 +279,11 @@ def _table(store: Store, name: str) -> str:
     return vocabulary_name(store.encoder.schema[name])
 
 
-def _copies(store: Store) -> dict[str, str]:
+def _copies(store: Store, rng: np.random.Generator) -> dict[str, str]:
     """Fields that say the same as an earlier one, value by value; by name, which."""
     layout, split = store.encoder.layout, store.split("train")
-    batch = next(iter(Loader(split, _SAMPLE, rows=torch.arange(min(_SAMPLE, split.num_rows)))))
+    some = np.sort(rng.choice(split.num_rows, min(_SAMPLE, split.num_rows), replace=False))
+    batch = next(iter(Loader(split, len(some), rows=torch.from_numpy(some))))
     seen: dict[bytes, str] = {}
     found: dict[str, str] = {}
     numbers = {c.name: batch.dense[:, i].numpy() for i, c in enumerate(layout.dense)}

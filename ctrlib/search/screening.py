@@ -45,7 +45,7 @@ class OutRankConfig:
         top: fields to keep, as a number or a share; ``None``: those with z > 3 and a score above every noise control's.
         noise: what is taken off the mutual information; see :func:`relevance`.
         permutations: of the label, with ``permute``; z needs two.
-        block_rows: rows whose scores are worked out together; a field's score is the median over the blocks.
+        block_rows: rows, drawn at random, whose scores are worked out together; a field's score is the median over the blocks.
         subsampling: read every n-th row.
         num_bins: quantile bins of a number.
         redundancy: order the fields by 3MR (:func:`rank_3mr`), which also looks at every pair of them.
@@ -186,13 +186,13 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
 
     Ids and quantile bins of numbers are scored as they are; of a sequence, every value of a row is one observation of the row's
     label. Row weights are not looked at. The report has ``plain`` and ``z`` by field, ``controls`` (scores of fields of random
-    values and of the row's number), and with ``redundancy`` the 3MR ``order`` and the ``relation`` of the best pairs, which
+    values and of the row's number in its block), and with ``redundancy`` the 3MR ``order`` and the ``relation`` of the best pairs, which
     are candidates for crosses.
 
     Args:
         store: of which only the training rows are read.
         config: see :class:`OutRankConfig`.
-        seed: of the permutations and controls.
+        seed: of the blocks, the permutations and the controls.
 
     Raises:
         ConfigError: no such label, or ``top`` larger than the number of fields.
@@ -209,7 +209,9 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     rng = np.random.default_rng(seed)
     tally = Tally(layout.names, config)
     some = None if config.subsampling == 1 else torch.arange(0, split.num_rows, config.subsampling)
-    blocks = Loader(split, config.block_rows, rows=some)
+    # NOTE[DIFF] the released code takes its blocks as the file has them; of a file by time or by label, a block may then have
+    # one value of a slow field, or one label, and no score
+    blocks = Loader(split, config.block_rows, rows=some, shuffle=True, seed=seed)
     used = 0
     with track("outrank", len(blocks), "blocks") as tracker:
         for batch in blocks:
@@ -238,7 +240,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
         report |= {"order": order, "relation": dict(best)}
     if config.top is None:
         bar = max(tally.controls.values())
-        passed = {name for name in layout.names if z[name] > 3 and scores[name] > bar}
+        passed = {f.name for f in schema.fields if z[f.name] > 3 and scores[f.name] > bar}  # gaps follow their histories
         if not passed:
             raise DataError(
                 f"no field tells more of {layout.labels[column]!r} than noise does (z above 3, score above {bar:.2g}); "

@@ -48,12 +48,12 @@ from ctrlib.search.optfs import OptFSConfig, search_optfs, ticket
 from ctrlib.search.optinter import OptInterConfig, compact_optinter, search_optinter
 from ctrlib.search.ranking import Top, best_fields, kendall_tau
 from ctrlib.search.screening import OutRankConfig, search_outrank
-from ctrlib.search.selection import Choice, Derived, Selection, apply_to_store, compact, derive
+from ctrlib.search.selection import Choice, Derived, Selection, apply_to_store, compact, derive, dropped_fields
 from ctrlib.training import TrainingDivergedError, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
 _VERIFIED_ROWS = 4 * 8192
-_ROUNDING = 1e-4  # logits that differ by more do not differ by rounding
+_ROUNDING = 1e-6  # of the largest logit, or of 1 if that is smaller: what rounding of float32 may change
 _NAMED = 12  # pairs or vocabularies in a line of the report
 # what the curve shows beside the selection itself
 _SHARES = (0.25, 0.5, 0.75)  # of the fields
@@ -166,7 +166,8 @@ def select(
             matplotlib (``pip install 'ctrlib[search]'``).
 
     Returns:
-        What ``report.json`` holds.
+        What ``report.json`` holds. ``verified``: whether small and gated model agree up to rounding (float32: 1e-6 of the largest
+        logit); if not, a warning is logged; ``None``: they cannot be compared, ``not_compared`` says why.
 
     Raises:
         ConfigError: an unknown method or option, or one that does not fit the model; nothing would be kept; pretrained vectors,
@@ -198,8 +199,9 @@ def select(
     with _unless_finished(target, new, first_seed):
         store = _three_splits(data, target, options)
         settled = config.for_rows(store.rows["train"])
-        searching = replace(settled, batch_size=search_batch_size or settled.batch_size)
         full = replace(settled, model=_unselected(config.model, store.encoder.layout))
+        mixed = isinstance(chosen, OptInterConfig)  # the only search that reads a mixture of choices
+        searching = replace(settled if mixed else full, batch_size=search_batch_size or settled.batch_size)
         if options.cross_memory_mb is not None:
             check_cross_memory(full.model, store.encoder.layout, full.fit.optimizer, options.cross_memory_mb)
         _check_model(full, store.encoder)
@@ -207,14 +209,14 @@ def select(
         selections: list[Selection] = []
         before: list[dict[str, Any]] = []
         after: list[dict[str, Any]] = []
-        differences: list[float | None] = []
+        compared: list[Mapping[str, Any]] = []
         for seed in seed_list:
-            selection = _search(method, chosen, store, searching, target, seed)
+            selection = _search(method, chosen, store, searching, settled, target, seed)
             selections.append(replace(selection, weights=None))  # which may be large, and are only needed here
             folder = target / "before" / f"seed-{seed}"
             before.append(_run(store, full, folder, name, seed))
             smaller = _Smaller(selection, store, target / f"kept-{seed}")
-            differences.append(_verified(target / "verified" / f"seed-{seed}.json", smaller, folder))
+            compared.append(_verified(target / "verified" / f"seed-{seed}.json", smaller, folder, searching.model))
             after.append(smaller.train(settled, target / "after" / f"seed-{seed}", name, seed))
             smaller.remove()
 
@@ -231,7 +233,7 @@ def select(
             "gain": _paired(before, after),
             "search_seconds": [selection.report["seconds"] for selection in selections],
             "train_seconds": [run["seconds"] for run in before],
-            "compact_difference": None if None in differences else max(d for d in differences if d is not None),
+            **_verdict(compared),
         }
         write_json(target / "report.json", report)
         write_text(target / "report.md", table(report))
@@ -287,12 +289,14 @@ def _three_splits(data: object, target: Path, options: DataOptions) -> Store:
     return store
 
 
-def _search(method: str, options: Any, store: Store, config: RunConfig, target: Path, seed: int) -> Selection:
-    """What one seed keeps: searched for, unless that is done."""
+def _search(
+    method: str, options: Any, store: Store, searching: RunConfig, config: RunConfig, target: Path, seed: int
+) -> Selection:
+    """What one seed keeps, for a run of ``config``: searched for, unless that is done."""
 
     def find() -> Selection:
         _log.info("%s, seed %d: search", method, seed)
-        selection = METHODS[method].search(config.model, store, options, config, seed)
+        selection = METHODS[method].search(searching.model, store, options, searching, seed)
         # what cannot be applied, or built, is not to be found out after further training
         derived = derive(selection, store.encoder)
         _check_model(_of_what_is_left(config, selection, derived), derived.encoder)
@@ -312,7 +316,8 @@ def _once(folder: Path, find: Callable[[], Selection]) -> Selection:
 
 def _of_what_is_left(config: RunConfig, selection: Selection, derived: Derived) -> RunConfig:
     """The run of the smaller model: what the config says of single fields and vocabularies, of those that are left."""
-    model, layout = selection.model or config.model, derived.encoder.layout
+    layout = derived.encoder.layout
+    model = _unselected(config.model, layout) if selection.model is None else selection.model
     embedding = model.embedding
     tables = dict.fromkeys([*(c.table for c in layout.sparse), *(c.table for c in layout.sequences)])
     old = {table: derived.owners.get(table, table) for table in tables}
@@ -342,24 +347,27 @@ class _Smaller:
         """The rows of the store as :meth:`.Selection.apply` encodes them."""
         return Store.open(self.path) if Store.is_store(self.path) else apply_to_store(self.selection, self.full, self.path)
 
-    def train(self, config: RunConfig, out: Path, name: str, seed: int) -> dict[str, Any]:
+    def train(self, config: RunConfig, out: Path, name: str, seed: int, *, test: bool = True) -> dict[str, Any]:
         """The report of a run, from the selection's weights if there are any, unless it is there."""
         done = _finished(out)
         if done is not None:
             return done
         chosen, encoder = self.selection, self.full.encoder
         start = None if chosen.weights is None else chosen.start(encoder)
-        return _run(self.rows(), _of_what_is_left(config, chosen, derive(chosen, encoder)), out, name, seed, start)
+        left = _of_what_is_left(config, chosen, derive(chosen, encoder))
+        return _run(self.rows(), left, out, name, seed, start, test=test)
 
-    def difference(self, before: Path) -> float | None:
-        """The largest difference between logits of validation rows: of the whole model behind closed gates, and of the small
-        one with the same weights.
+    def difference(self, before: Path, model: ModelComponent.Config) -> dict[str, Any]:
+        """The logits of validation rows of the whole model behind closed gates, against those of the small one with the same
+        weights.
 
         Args:
             before: run of the model before selection, which lends its weights where the selection has none.
+            model: that was searched with. Of OptInter's mixture the weights are drawn anew: the search keeps none.
 
         Returns:
-            ``None`` where a field that is not kept enters the model by another way than its embedding.
+            ``difference``, the largest of any row, and ``largest_logit``, in absolute numbers; or ``difference`` ``None`` and
+            the ``reason``, where a field that is not kept enters the model by another way than its embedding.
         """
         selection, encoder = self.selection, self.full.encoder
         rows = list(islice(Loader(self.full.split("valid"), 8192), _VERIFIED_ROWS // 8192))
@@ -370,19 +378,19 @@ class _Smaller:
         loaded = artifact.load(before)
         whole = loaded.model
         if selection.fields is not None:
-            gates = FieldGates(encoder.layout.names)
-            gates.values_F[[name not in selection.fields for name in gates.names]] = 0
+            gates, closed = FieldGates(encoder.layout.names), dropped_fields(selection, encoder)
+            gates.values_F[[name in closed for name in gates.names]] = 0
             try:
                 small, _ = compact(whole, selection, encoder)
                 with gates.on(whole):
                     return _largest(whole, rows, small, _remapped(rows, derive(selection, encoder, close=True), encoder.layout))
             except (ConfigError, DataError) as error:
                 _log.info("the small model is not compared with the whole one: %s", error)
-                return None
+                return {"difference": None, "reason": str(error)}
         assert selection.pairs is not None
         if isinstance(selection.model, OptInter.Config):
             seed_everything(0)
-            mixture = build_model(replace(selection.model, choices=None), encoder.layout)
+            mixture = build_model(model, encoder.layout)  # reads the crosses that the selected model no longer names
             assert isinstance(mixture, OptInter)
             mixture.fix(selection.pairs)
             chosen, _ = compact_optinter(mixture, encoder.layout)
@@ -397,13 +405,41 @@ class _Smaller:
             shutil.rmtree(self.path)
 
 
-def _verified(path: Path, smaller: _Smaller, before: Path) -> float | None:
-    """:meth:`_Smaller.difference`, computed unless it is there."""
+def _verified(path: Path, smaller: _Smaller, before: Path, model: ModelComponent.Config) -> dict[str, Any]:
+    """:meth:`_Smaller.difference`, computed unless it is there; warns where that is no rounding."""
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {"difference": smaller.difference(before)})
-    found: float | None = json.loads(path.read_text(encoding="utf-8"))["difference"]
+        write_json(path, smaller.difference(before, model))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if _relative(found) is not None and _verdict([found])["verified"] is False:
+        _log.warning(
+            "%s: the small model is not the same function as the gated one (logits up to %s differ by up to %s); its metrics "
+            "after re-training are its own, but do not replace the one by the other, and report the defect",
+            "/".join(path.parts[-2:]),
+            found.get("largest_logit"),
+            found["difference"],
+        )
     return found
+
+
+def _relative(found: Mapping[str, Any]) -> float | None:
+    """The difference as a share of the largest logit, or of 1; NaN if it is none, ``None`` if nothing was compared."""
+    if found["difference"] is None:
+        return math.nan if "largest_logit" in found else None  # a file calls NaN null
+    return float(found["difference"]) / max(1.0, found.get("largest_logit") or 1.0)
+
+
+def _verdict(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the report says of the comparisons: whether all were equal up to rounding; ``None``: not all could be made."""
+    relative = [_relative(found) for found in compared]
+    if None in relative:
+        reasons = [found.get("reason") for found in compared if found["difference"] is None]
+        return {"verified": None, "compact_difference": None, "compact_relative": None, "not_compared": reasons[0]}
+    return {
+        "verified": all(r is not None and r <= _ROUNDING for r in relative),
+        "compact_difference": float(np.max([_number(found["difference"]) for found in compared])),
+        "compact_relative": float(np.max([_number(r) for r in relative])),
+    }
 
 
 def _remapped(batches: Sequence[Batch], derived: Derived, layout: BatchLayout) -> Iterator[Batch]:
@@ -420,10 +456,10 @@ def _remapped(batches: Sequence[Batch], derived: Derived, layout: BatchLayout) -
         yield replace(batch, sparse=torch.stack(columns, dim=1) if columns else batch.sparse, sequences=sequences)
 
 
-def _largest(a: nn.Module, rows_a: Iterable[Batch], b: nn.Module, rows_b: Iterable[Batch]) -> float:
+def _largest(a: nn.Module, rows_a: Iterable[Batch], b: nn.Module, rows_b: Iterable[Batch]) -> dict[str, Any]:
     first = predict(a, rows_a).logits
     second = predict(b, rows_b).logits
-    return float(np.abs(first - second).max())
+    return {"difference": float(np.abs(first - second).max()), "largest_logit": float(np.abs(first).max())}
 
 
 def _claim(target: Path, settings: Mapping[str, Any]) -> bool:
@@ -483,7 +519,14 @@ def _unselected(model: ModelComponent.Config, layout: BatchLayout) -> ModelCompo
 
 
 def _run(
-    store: Store, config: RunConfig, out: Path, name: str, seed: int, start: Mapping[str, Tensor] | None = None
+    store: Store,
+    config: RunConfig,
+    out: Path,
+    name: str,
+    seed: int,
+    start: Mapping[str, Tensor] | None = None,
+    *,
+    test: bool = True,
 ) -> dict[str, Any]:
     """The report of a run, which is trained unless it is there."""
     done = _finished(out)
@@ -491,7 +534,7 @@ def _run(
         return done
     discard_unfinished(out)  # of a call that was killed: this one trains from the start
     _log.info("training %s", "/".join(out.parts[-2:]))
-    report = train(store, config, out, name=name, seed=seed, start=start)
+    report = train(store, config, out, name=name, seed=seed, start=start, test=test)
     if report["interrupted"]:  # it is not what the others are compared with
         shutil.rmtree(out)
         raise KeyboardInterrupt
@@ -508,7 +551,10 @@ def _finished(run: Path) -> dict[str, Any] | None:
 
 def _metric(run: Mapping[str, Any], split: str, name: str) -> float:
     """NaN where it is undefined, which a file calls null."""
-    value = run[split][name]
+    return _number(run[split][name])
+
+
+def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
@@ -516,7 +562,7 @@ def _kept(selection: Selection, store: Store) -> dict[str, Any]:
     """How much is kept, and of how much."""
     found: dict[str, Any] = {}
     if selection.fields is not None:
-        found["fields"] = {"kept": len(selection.fields), "total": len(store.encoder.layout.names), "names": selection.fields}
+        found["fields"] = {"kept": len(selection.fields), "total": len(store.encoder.schema.fields), "names": selection.fields}
     if selection.values is not None:
         each = {name: {"kept": int(m[1:].sum()), "total": len(m) - 1} for name, m in selection.values.items()}  # 0: padding
         total = {key: sum(counts[key] for counts in each.values()) for key in ("kept", "total")}
@@ -579,7 +625,7 @@ def _curve(
         _log.info("curve: %s", label)
         try:
             smaller = _Smaller(_once(folder / "selection", other), store, folder / "store")
-            point = _point(label, smaller.train(config, folder / "run", name, seed))
+            point = _point(label, smaller.train(config, folder / "run", name, seed, test=False))
         except (ConfigError, DataError, TrainingDivergedError) as error:
             _log.info("%s is not in the curve: %s", label, error)
             shutil.rmtree(folder, ignore_errors=True)
@@ -658,11 +704,18 @@ def table(report: Mapping[str, Any]) -> str:
         f"* the search took {search:.1f} s, {search / training:.2f} times as long as training the model before "
         f"({training:.1f} s)\n"
     )
-    difference = report["compact_difference"]
-    if difference is not None:
-        text += f"* logits of the small model differ from those of the gated one by at most {difference:.1e}"
-        text += "\n" if difference <= _ROUNDING else ", which is more than rounding: do not rely on it, and report the defect\n"
-    return text
+    if report["verified"] is None:
+        return text + f"* the small model is not compared with the gated one: {report['not_compared']}\n"
+    drawn = " (both with weights drawn at random)" if report["method"] == "optinter" else ""
+    text += (
+        f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}{drawn}"
+    )
+    if not report["verified"]:
+        text += (
+            f", {report['compact_relative']:.1e} of the largest: **not verified equal** (rounding changes up to {_ROUNDING:g}); "
+            "do not replace the one by the other, and report the defect"
+        )
+    return text + "\n"
 
 
 def kept_line(kept: Mapping[str, Any]) -> str:

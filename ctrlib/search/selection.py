@@ -46,7 +46,7 @@ class Selection:
     Attributes:
         method: its name, as in ``ctrlib select --method``.
         encoder_hash: of the encoder (schema and vocabularies) that it was made with; it is refused for any other.
-        fields: kept, in the order of the schema; ``None``: all.
+        fields: kept, in the order of the schema; ``None``: all. The time gaps of a history are kept with any field of it.
         values: by vocabulary (table name), which ids are kept: [vocab_size] booleans, padding never; ``None``, and for the
             vocabularies that are not in it: all.
         pairs: by ``"user*item"``, what to do with the pair; ``None``: the method does not choose pairs.
@@ -93,7 +93,7 @@ class Selection:
         """
         if self.model is None or self.weights is None:
             raise DataError(f"the selection of {self.method} has no weights to start from; train from scratch")
-        if _dropped(self, encoder):
+        if dropped_fields(self, encoder):
             raise DataError(f"the selection of {self.method} drops fields, and its weights are of all; train from scratch")
         model = _built(self.model, encoder)
         model.load_state_dict(self.weights)
@@ -216,7 +216,7 @@ def compact(model: ModelComponent, selection: Selection, encoder: Encoder) -> tu
         DataError: as :meth:`Selection.apply`; or a field that is not kept does not enter the model through its embedding.
     """
     derived = derive(selection, encoder, close=True)
-    layout, closed = derived.encoder.layout, _dropped(selection, encoder)
+    layout, closed = derived.encoder.layout, dropped_fields(selection, encoder)
     config = cast(ModelComponent.Config, model.config)
     embeddings = {name: part for name, part in model.named_modules() if isinstance(part, FeatureEmbedding)}
     read = {name for part in embeddings.values() for name in part.out.names}
@@ -288,7 +288,7 @@ def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> De
     Args:
         close: leave dropped fields where they are, with an empty vocabulary each: all their ids are that of padding.
     """
-    dropped = _dropped(selection, encoder)
+    dropped = dropped_fields(selection, encoder)
     schema = encoder.schema
     kept = [f for f in schema.fields if f.name not in dropped]
     _check_values(selection, encoder, kept)
@@ -319,11 +319,8 @@ def derive(selection: Selection, encoder: Encoder, *, close: bool = False) -> De
     numeric = {name: learned for name, learned in encoder.numeric.items() if name in names}
     gone = [f.name for f in schema.fields if f.name not in names and not isinstance(f, CrossField)]
     ignored = {**schema.ignored, **dict.fromkeys(gone, f"dropped by {selection.method}")}
-    schema = schema.with_only(fields)
-    histories = tuple(replace(h, gaps=None) if h.gaps in dropped and not close else h for h in schema.histories)
-    return Derived(
-        Encoder(replace(schema, histories=histories, ignored=ignored), vocabularies, numeric, encoder.clocks), ids, owners
-    )
+    schema = replace(schema.with_only(fields), ignored=ignored)
+    return Derived(Encoder(schema, vocabularies, numeric, encoder.clocks), ids, owners)
 
 
 def _inherited(f: Field, schema: Schema, owner: str) -> Field:
@@ -359,8 +356,9 @@ def check_encoder(selection: Selection, encoder: Encoder) -> None:
         )
 
 
-def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
-    """The fields that are not kept; raises what :meth:`Selection.apply` says of fields and pairs."""
+def dropped_fields(selection: Selection, encoder: Encoder) -> set[str]:
+    """The fields that are not kept, and the time gaps that go with them; raises what :meth:`Selection.apply` says of fields and
+    pairs."""
     check_encoder(selection, encoder)
     schema = encoder.schema
     names = [*(f.name for f in schema.fields), *(h.gaps for h in schema.histories if h.gaps is not None)]
@@ -370,6 +368,9 @@ def _dropped(selection: Selection, encoder: Encoder) -> set[str]:
             if name not in names:
                 raise DataError(f"the selection keeps field {name!r}, which the data lacks{suggest(name, names)}")
         dropped |= set(names) - set(selection.fields)
+        for h in schema.histories:
+            if h.gaps is not None:  # an attribute of the behaviours that are kept: of none, there are no gaps
+                dropped = dropped | {h.gaps} if dropped.issuperset(h.fields) else dropped - {h.gaps}
     crosses = {frozenset(f.of): f.name for f in schema.crosses}
     for pair, choice in (selection.pairs or {}).items():
         cross = crosses.get(_two_fields(pair, names))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader, StreamLoader
 from ctrlib.data.source import open_source
 from ctrlib.data.store import Store
-from ctrlib.data.vocabulary import HashBuckets, Vocabulary
+from ctrlib.data.vocabulary import HashBuckets, ValueCounter, Vocabulary, as_keys
 from ctrlib.experiment import DataOptions, prepare, train
 from ctrlib.models.optinter import field_pairs
 from ctrlib.schema import CrossField, DataError, DenseField, Schema, SequenceField, SparseColumn, SparseField
@@ -254,6 +257,55 @@ def test_refused_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted == ["a*b"]
     for smaller in (ABC.with_crosses(min_count=20), ABC.with_crosses(max_size=10), ABC.with_crosses(hash_size=10)):
         Encoder.fit(smaller, data, cross_memory_mb=0.05)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_counting_stops_at_the_limit_whatever_the_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 crosses of 20,000 values each, of which 5,000 are allowed, counted in parts of at least 500."""
+    monkeypatch.setattr(crosses, "cpu_count", lambda: threads)
+    monkeypatch.setattr(crosses, "BLOCK_ROWS", 4000)
+    monkeypatch.setattr(crosses, "_SMALLEST_PART", 500)
+    counted: list[int] = []
+    result = ValueCounter.result
+
+    def noted(counter: ValueCounter) -> Any:
+        found = result(counter)
+        counted.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(ValueCounter, "result", noted)
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(20_000, dtype=np.int32)[:, None] + 2, (1, 7)), axis=0)
+    columns = [SparseColumn(f"f{i}", 20_002, f"f{i}") for i in range(7)]
+    fields = [CrossField(name=f"{a.name}*{b.name}", of=(a.name, b.name)) for a, b in combinations(columns, 2)]
+    limit = 5000 * VALUE_BYTES / 2**20
+    with pytest.raises(DataError, match="the crosses are too large: .* values so far"):
+        fit_crosses(fields, columns, [ids], len(ids), limit)
+    part = 5000 * VALUE_BYTES / (100 * threads)  # 100 bytes a key in hand, by all threads together
+    assert max(counted) < 1.2 * max(part, 500)
+    assert sum(counted) < 5000 + 1.2 * (threads + 1) * max(part, 500)
+    # what is allowed is counted alike by all of them
+    same = fit_crosses([replace(f, max_size=100) for f in fields], columns, [ids], len(ids), limit)
+    assert same["f0*f1"].size == 102
+    keys = np.sort(cross_keys(ids[:, 0], ids[:, 1], 20_002))  # all as frequent: the smallest ones
+    assert same["f0*f1"].ids(as_keys(pa.array(keys[:101]), pa.int64(), str)).tolist() == [*range(2, 102), 1]
+
+
+def test_no_more_threads_than_the_limit_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def noted(threads: int) -> Any:
+        seen.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(crosses, "ThreadPoolExecutor", noted)
+    monkeypatch.setattr(crosses, "cpu_count", lambda: 64)
+    monkeypatch.setattr(crosses, "BLOCK_ROWS", 100)
+    columns = [SparseColumn(f"f{i}", 12, f"f{i}") for i in range(5)]
+    fields = [CrossField(name=f"{a.name}*{b.name}", of=(a.name, b.name)) for a, b in combinations(columns, 2)]
+    ids = np.full((200, 5), 2, np.int32)
+    for limit in (1, 20, 10_000):  # a part is 65,536 keys of 100 bytes: 6.25 MB
+        fit_crosses(fields, columns, [ids], 200, limit)
+    assert seen == [1, 3, 10]
 
 
 def test_hashed_crosses_are_refused_before_a_row_is_read() -> None:

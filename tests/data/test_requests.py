@@ -79,7 +79,25 @@ CANDIDATE: dict[str, Any] = {"city": "Stadt 1", "hashed": 3, "price": 2.0, "coun
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("user", v) for v in (1, 1.0, "1", True, None, float("nan"), 987_654, 2**62, 2**63, 2**64 - 1, -(2**63), -0.0, np.int32(1), "-5")],
+        *[
+            ("user", v)
+            for v in (
+                1,
+                1.0,
+                "1",
+                True,
+                None,
+                float("nan"),
+                987_654,
+                2**62,
+                2**63,
+                2**64 - 1,
+                -(2**63),
+                -0.0,
+                np.int32(1),
+                "-5",
+            )
+        ],
         *[("city", v) for v in ("Stadt 1", "", None, 7, 7.0, True, "nowhere", "ü\0", np.str_("Stadt 1"))],
         *[("city", v) for v in (decimal.Decimal("1.5"), datetime.date(2020, 1, 1))],
         *[("hashed", v) for v in (0, "0", None, "a")],

@@ -16,6 +16,7 @@ from ctrlib.memory import table_memory
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import DataError, DenseField, Schema, SparseField
 from ctrlib.search.combinations import CombinationTally
+from ctrlib.search import screen as screening
 from ctrlib.search.screen import ScreenConfig, screen, surrogate_score, table
 from ctrlib.search.screening import dense_codes, permuted
 
@@ -180,6 +181,24 @@ def test_a_store_is_screened_without_its_test_rows(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Store, "split", guarded)
     assert len(screen(store, config=ScreenConfig(redundancy=True))["order"]) == len(NAMES)
+
+
+def test_the_order_of_the_rows_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the label, or by a field that is slow: every row of a block would have the same one."""
+    monkeypatch.setattr(screening, "_SAMPLE", 300)
+    rng = np.random.default_rng(0)
+    label, slow, noise = rng.integers(0, 2, 4000), rng.integers(0, 4, 4000), rng.integers(0, 9, 4000)
+    slow = np.where(rng.random(4000) < 0.5, label * 2, slow)
+    for order in (np.argsort(label, kind="stable"), np.argsort(slow, kind="stable"), np.arange(4000)):
+        columns = {"slow": slow[order], "noise": noise[order], "label": label[order]}
+        columns["late"] = np.where(np.arange(4000) < 400, columns["slow"], columns["noise"])  # a copy for 400 rows
+        report = screen(pa.table(columns), DataOptions(label="label", split="random"), config=ScreenConfig(block_rows=1000))
+        found = {field["name"]: field for field in report["fields"]}
+        assert report["fields"][0]["name"] == "slow"
+        assert found["slow"]["score"] > 0.1
+        assert found["slow"]["flags"] == []
+        assert "noise" in found["noise"]["flags"]
+        assert not [flag for field in found.values() for flag in field["flags"] if flag.startswith("copy")]
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from ctrlib.config import ConfigError, to_json
+from ctrlib.data.loader import Loader
 from ctrlib.schema import CrossField, DataError, DenseField, Field, SequenceField, SparseField
 from ctrlib.search import screening
 from ctrlib.search.screening import Noise, OutRankConfig, rank_3mr, relevance, search_outrank
@@ -121,11 +122,41 @@ def test_noise_of_any_cardinality_ranks_below_a_signal(tmp_path: Path) -> None:
 
 
 def test_the_median_of_equal_blocks_is_that_of_one(tmp_path: Path) -> None:
-    block = noisy(1000, 4)
-    one = make(tmp_path / "1", {"train": block})
-    three = make(tmp_path / "3", {"train": {name: np.tile(column, 3) for name, column in block.items()}})
+    data = make(tmp_path, {"train": noisy(1000, 4)})
+    layout, rng = data.encoder.layout, np.random.default_rng(0)
+    [batch] = Loader(data.split("train"), 1000)
+    assert batch.labels is not None
     config = OutRankConfig(noise="exact", top=1, block_rows=1000)
-    assert search_outrank(three, config, seed=0).scores == search_outrank(one, config, seed=0).scores
+    tally = screening.Tally(layout.names, config)
+    for _ in range(3):
+        tally.add(layout, batch, screening.dense_codes(batch.labels[:, 0].numpy()), rng)
+    assert tally.blocks == 3
+    assert tally.medians("score") == pytest.approx(search_outrank(data, config, seed=0).scores, abs=1e-12)
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
+    """A label that goes up and down with the day, a weak copy of it, noise; four days, of a block's rows each."""
+    rng = np.random.default_rng(14)
+    day = np.arange(4 * 2000) // 2000
+    label = coin(np.where(day % 2, 0.4, -1.4), rng)
+    columns = {
+        "label": label,
+        "day": day,
+        "weak": np.where(rng.random(8000) < 0.3, label, rng.integers(0, 2, 8000)),
+        "noise": rng.integers(0, 9, 8000),
+    }
+    # H(label) - H(label | day), of rates 1/(1+e^1.4) and 1/(1+e^-0.4), both half of the rows
+    p = np.array([label[day % 2 == d].mean() for d in (0, 1)])
+    entropy = lambda q: -(q * np.log(q) + (1 - q) * np.log(1 - q))  # noqa: E731
+    known = entropy(p.mean()) - entropy(p).mean()
+    orders = {"time": np.arange(8000), "label": np.argsort(label, kind="stable"), "shuffled": rng.permutation(8000)}
+    for name, order in orders.items():
+        data = make(tmp_path / name, {"train": {key: column[order] for key, column in columns.items()}})
+        found = search_outrank(data, OutRankConfig(block_rows=2000), seed=0)
+        assert found.report["blocks"] == 4
+        assert found.fields == ("day", "weak"), name
+        assert found.scores["day"] == pytest.approx(known, rel=0.15)
+        assert abs(found.scores["noise"]) < 0.002
 
 
 def test_a_short_last_block_is_left_out_and_rows_are_subsampled(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import DataOptions, RunConfig, configure, train
 from ctrlib.files import discard_unfinished, json_text
+from ctrlib.models.optinter import OptInter
 from ctrlib.models.presets import PRESETS, preset
 from ctrlib.schema import DataError, Schema, SequenceField, SparseField
 from ctrlib.search import select as selecting
@@ -127,7 +128,7 @@ def test_every_method_end_to_end(
     assert names(out) == ["after", "before", "data.json", "report.json", "report.md", "select.json", "selection", "verified"]
     assert read(out / "report.json") == json.loads(json_text(report))
     assert (out / "report.md").read_text(encoding="utf-8") == table(report)
-    assert report["compact_difference"] is not None
+    assert report["verified"] is True
     assert report["compact_difference"] <= 1e-6
     kept = {"fields": "fields", "values": "values", "pairs": "pairs"}[METHODS[method].keeps]
     for i, seed in enumerate((0, 1)):
@@ -276,20 +277,27 @@ def test_a_folder_of_something_else(plain: Store, crossed: Store, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["optfs", "outrank"])
-def test_a_wrong_small_model_is_seen(method: str, plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_small_model_is_seen(
+    method: str, plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     case = CASES[method]
 
     def wrong(model: Any, selection: Selection, encoder: Encoder) -> Any:
         small, derived = compact(model, selection, encoder)
         embedding = next(part for part in small.modules() if isinstance(part, FeatureEmbedding))
         with torch.no_grad():
-            next(embedding.parameters()).add_(1.0)
+            next(embedding.parameters()).add_(2e-5)  # little, but no rounding
         return small, derived
 
     monkeypatch.setattr(selecting, "compact", wrong)
     out = tmp_path / "out"
-    report = select(plain, case.run, out, method=method, top=case.top, settings=case.settings, name="m", seeds=1, curve=False)
-    assert report["compact_difference"] > 1e-3
+    for _ in range(2):  # the second call reads what was found
+        caplog.clear()
+        report = select(plain, case.run, out, method=method, top=case.top, settings=case.settings, seeds=1, curve=False)
+        assert 1e-6 < report["compact_difference"] < 1e-4
+        assert report["verified"] is False
+        assert "**not verified equal**" in table(report)
+        assert "verified/seed-0.json: the small model is not the same function" in caplog.text
 
 
 def test_wrong_small_models_of_pairs_are_seen(
@@ -309,6 +317,25 @@ def test_wrong_small_models_of_pairs_are_seen(
         case = CASES[method]
         report = select(store, case.run, tmp_path / method, method=method, settings=case.settings, seeds=1, curve=False)
         assert report["compact_difference"] > 1e-3
+        assert report["verified"] is False
+
+
+def test_differences_are_relative_to_the_logits() -> None:
+    """float32 has 24 bits: at logits of 50, 2e-5 is rounding, at logits below 1 it is none."""
+
+    def verdict(*found: tuple[float | None, float]) -> Any:
+        return selecting._verdict([{"difference": d, "largest_logit": size} for d, size in found])
+
+    assert verdict((2e-5, 50.0), (9e-7, 0.1)) == {
+        "verified": True,
+        "compact_difference": 2e-5,
+        "compact_relative": pytest.approx(9e-7),
+    }
+    assert verdict((2e-5, 50.0), (2e-6, 0.1))["verified"] is False
+    assert verdict((None, 50.0))["verified"] is False  # a file calls NaN null
+    assert selecting._verdict([{"difference": 2e-7}])["verified"] is True  # written before the size was
+    without = selecting._verdict([{"difference": 0.0, "largest_logit": 1.0}, {"difference": None, "reason": "it reads x"}])
+    assert (without["verified"], without["not_compared"]) == (None, "it reads x")
 
 
 def test_optfs_starts_from_its_rewound_weights(plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +364,61 @@ def test_crosses_of_some_pairs(tmp_path: Path) -> None:
         "city*age": "factorize",
     }
     assert report["compact_difference"] <= 1e-6
+
+
+@pytest.mark.parametrize("crosses", [("user*city", "user*age", "city*age"), ("user*city",)], ids=["all", "one"])
+def test_optinter_whose_fields_are_listed(
+    crosses: tuple[str, ...], crossed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some crosses are lost, which the mixture read, whatever the search chooses."""
+    listed = {"model.embedding.fields": json.dumps(["user", "city", "age", "price", *crosses])}
+    run = configure("optinter", options=SIZES["optinter"] | RUN | listed)
+
+    def search(model: Any, store: Store, options: Any, run: RunConfig, seed: int) -> Selection:
+        pairs: dict[str, Choice] = {"user*city": "memorize", "user*age": "naive", "city*age": "factorize"}
+        if seed:
+            pairs["user*city"] = "naive"
+        fields = tuple(name for name in run.model.embedding.fields or () if pairs.get(name, "memorize") == "memorize")
+        chosen = replace(model, embedding=replace(model.embedding, fields=fields), choices=pairs)
+        return Selection(method="optinter", encoder_hash=store.encoder.hash, pairs=pairs, model=chosen, report={"seconds": 1.0})
+
+    monkeypatch.setattr(selecting, "METHODS", {**METHODS, "optinter": replace(METHODS["optinter"], search=search)})
+    report = select(crossed, run, tmp_path / "out", method="optinter", seeds=2, curve=False)
+    assert report["verified"] is True
+    loaded = [artifact.load(tmp_path / "out" / "after" / f"seed-{seed}") for seed in (0, 1)]
+    assert [[c.name for c in each.encoder.layout.sparse if c.parts] for each in loaded] == [["user*city"], []]
+
+
+@pytest.mark.parametrize("method", ["permutation", "outrank"])
+def test_fields_for_optinter_leave_the_same_kind_of_model(method: str, crossed: Store, tmp_path: Path) -> None:
+    """Memorised crosses before and after: all fields kept, both have as many parameters, and as good as nothing was changed."""
+    out = tmp_path / "out"
+    case = replace(CASES[method], model="optinter")
+    report = select(crossed, case.run, out, method=method, top=1.0, settings=case.settings, seeds=1, curve=False)
+    assert report["before"]["parameters"] == report["after"]["parameters"]
+    assert report["gain"]["auc"]["mean"] == 0
+    pairs = {"user*city": "memorize", "user*age": "memorize", "city*age": "memorize"}
+    for when in ("before", "after"):
+        assert read(out / when / "seed-0" / "config.json")["model"]["choices"] == pairs
+    fewer = select(crossed, case.run, tmp_path / "fewer", method="outrank", top=4, seeds=1, curve=False)
+    assert fewer["after"]["parameters"]["mean"] < fewer["before"]["parameters"]["mean"]
+    left = artifact.load(tmp_path / "fewer" / "after" / "seed-0")
+    crosses = [c.name for c in left.encoder.layout.sparse if c.parts]
+    assert isinstance(left.config, OptInter.Config)
+    assert isinstance(left.config.choices, dict)
+    assert [name for name, choice in left.config.choices.items() if choice == "memorize"] == crosses
+
+
+def test_the_search_on_optinter_has_the_model_before(crossed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Any] = []
+
+    def search(model: Any, store: Store, options: Any, run: RunConfig, seed: int) -> Selection:
+        searched.append(model)
+        return METHODS["outrank"].search(model, store, method_options("outrank", 3), run, seed)
+
+    monkeypatch.setattr(selecting, "METHODS", {**METHODS, "permutation": replace(METHODS["permutation"], search=search)})
+    select(crossed, config("optinter"), tmp_path / "out", method="permutation", top=3, seeds=1, curve=False)
+    assert searched == [artifact.load(tmp_path / "out" / "before" / "seed-0").config]
 
 
 def test_the_curve_names_what_it_needs(plain: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,9 +610,23 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_curve_of_pairs(crossed: Store, tmp_path: Path) -> None:
+def test_the_curve_of_pairs(crossed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["optinter"]
+    tested: dict[str, bool] = {}
+
+    def noted(store: Store, run: RunConfig, out: Path, **named: Any) -> dict[str, Any]:
+        report = train(store, run, out, **named)
+        tested["/".join(out.parts[-3:-1])] = "test" in report
+        return report
+
+    monkeypatch.setattr(selecting, "train", noted)
     select(crossed, case.run, tmp_path / "out", method="optinter", settings=case.settings, seeds=1)
+    assert tested == {
+        "out/before": True,
+        "out/after": True,
+        "seed-0/all-factorize": False,  # only validation rows say what the curve shows
+        "seed-0/all-naive": False,
+    }
     points = {point["label"]: point["parameters"] for point in read(tmp_path / "out" / "curve.json")}
     assert list(points) == ["all factorize", "all naive", "before", "after"]
     assert points["all naive"] < points["all factorize"] < points["before"]
@@ -606,9 +702,14 @@ def test_the_table_says_what_the_search_cost_and_what_is_wrong() -> None:
         "search_seconds": [3.0],
         "train_seconds": [2.0],
         "compact_difference": 2e-7,
+        "compact_relative": 1e-7,
+        "verified": True,
     }
     text = table(report)
     assert "| after | 50 (25.0%) | 0.70000 ± 0.10000 |" in text
     assert "* the search took 3.0 s, 1.50 times as long as training the model before (2.0 s)\n" in text
     assert text.endswith("by at most 2.0e-07\n")
-    assert "by at most 1.0e-02, which is more than rounding: do not rely on it" in table(report | {"compact_difference": 0.01})
+    wrong = table(report | {"compact_difference": 0.01, "compact_relative": 0.002, "verified": False})
+    assert "by at most 1.0e-02, 2.0e-03 of the largest: **not verified equal** (rounding changes up to 1e-06)" in wrong
+    assert "by at most 2.0e-07 (both with weights drawn at random)" in table(report | {"method": "optinter"})
+    assert "is not compared with the gated one: it reads x" in table(report | {"verified": None, "not_compared": "it reads x"})
