@@ -166,8 +166,8 @@ def select(
             matplotlib (``pip install 'ctrlib[search]'``).
 
     Returns:
-        What ``report.json`` holds. ``verified``: whether small and gated model agree up to rounding (float32: 1e-6 of the largest
-        logit); if not, a warning is logged; ``None``: they cannot be compared, ``not_compared`` says why.
+        What ``report.json`` holds. ``verified``: whether small and gated model agree up to rounding (float32: 1e-6 of the
+        largest logit); if not, a warning is logged; ``None``: they cannot be compared, ``not_compared`` says why.
 
     Raises:
         ConfigError: an unknown method or option, or one that does not fit the model; nothing would be kept; pretrained vectors,
@@ -707,10 +707,12 @@ def table(report: Mapping[str, Any]) -> str:
     if report["verified"] is None:
         return text + f"* the small model is not compared with the gated one: {report['not_compared']}\n"
     drawn = " (both with weights drawn at random)" if report["method"] == "optinter" else ""
-    text += f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}{drawn}"
+    text += (
+        f"* logits of the small model differ from those of the gated one by at most {report['compact_difference']:.1e}{drawn}"
+    )
     if not report["verified"]:
         text += (
-            f", {report['compact_relative']:.1e} of the largest: **not verified equal** (rounding changes up to {_ROUNDING:g}); "
+            f", {report['compact_relative']:.1e} of the largest: **not verified equal** (rounding changes {_ROUNDING:g}); "
             "do not replace the one by the other, and report the defect"
         )
     return text + "\n"

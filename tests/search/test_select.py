@@ -380,9 +380,7 @@ def test_optinter_whose_fields_are_listed(
             pairs["user*city"] = "naive"
         fields = tuple(name for name in run.model.embedding.fields or () if pairs.get(name, "memorize") == "memorize")
         chosen = replace(model, embedding=replace(model.embedding, fields=fields), choices=pairs)
-        return Selection(
-            method="optinter", encoder_hash=store.encoder.hash, pairs=pairs, model=chosen, report={"seconds": 1.0}
-        )
+        return Selection(method="optinter", encoder_hash=store.encoder.hash, pairs=pairs, model=chosen, report={"seconds": 1.0})
 
     monkeypatch.setattr(selecting, "METHODS", {**METHODS, "optinter": replace(METHODS["optinter"], search=search)})
     report = select(crossed, run, tmp_path / "out", method="optinter", seeds=2, curve=False)
@@ -712,6 +710,6 @@ def test_the_table_says_what_the_search_cost_and_what_is_wrong() -> None:
     assert "* the search took 3.0 s, 1.50 times as long as training the model before (2.0 s)\n" in text
     assert text.endswith("by at most 2.0e-07\n")
     wrong = table(report | {"compact_difference": 0.01, "compact_relative": 0.002, "verified": False})
-    assert "by at most 1.0e-02, 2.0e-03 of the largest: **not verified equal** (rounding changes up to 1e-06)" in wrong
+    assert "by at most 1.0e-02, 2.0e-03 of the largest: **not verified equal** (rounding changes 1e-06)" in wrong
     assert "by at most 2.0e-07 (both with weights drawn at random)" in table(report | {"method": "optinter"})
     assert "is not compared with the gated one: it reads x" in table(report | {"verified": None, "not_compared": "it reads x"})
