@@ -344,8 +344,7 @@ def _train(
     assert config.batch_size is not None
     write_json(part / "config.json", _run_config(name, seed, config))
 
-    if device.type == "cpu" or options.cross_memory_mb is not None:
-        check_cross_memory(config.model, encoder.layout, config.fit.optimizer, options.cross_memory_mb)
+    check_cross_memory(config.model, encoder.layout, config.fit.optimizer, options.cross_memory_mb, device=device)
     seed_everything(seed)
     model = build_model(config.model, encoder.layout).to(device)
     for field_name, file in config.pretrained.items():
@@ -392,12 +391,19 @@ def _train(
 
 
 def check_cross_memory(
-    model: ModelComponent.Config, layout: BatchLayout, optimizer: OptimizerConfig, limit_mb: float | None = None
+    model: ModelComponent.Config,
+    layout: BatchLayout,
+    optimizer: OptimizerConfig,
+    limit_mb: float | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> None:
     """See that the rows that a model has for crosses leave room to train it, before it is built.
 
     Args:
-        limit_mb: what they may take; ``None``: the free memory.
+        limit_mb: what they may take; ``None``: the free memory of the device. A model is built on the CPU wherever it is
+            trained, so the free memory of the machine has to hold its weights all the same.
+        device: to train on.
 
     Raises:
         DataError: they would take more; says what to change.
@@ -406,14 +412,30 @@ def check_cross_memory(
         return
     with torch.device("meta"):
         memory = model_cross_memory(build_model(model, layout), layout, optimizer)
-    free = 2 * half_of_free_mb() if limit_mb is None else limit_mb
-    if memory.total > free * 2**20:
-        allowed = f"free are {free:,.0f} MB" if limit_mb is None else f"allowed are {free:,.0f} MB (cross_memory_mb)"
-        raise DataError(
-            f"the crosses have {memory.rows:,} values, which take {memory.total / 2**20:,.0f} MB in training with "
-            f"fit.optimizer.embedding={optimizer.embedding!r}; {allowed}. Raise their min_count, set max_size or hash_size, "
-            "cross fewer fields, lower the width of the model's vectors, or take an optimizer that keeps less"
-        )
+    device = torch.device(device)
+    in_training = f"in training with fit.optimizer.embedding={optimizer.embedding!r}"
+    rooms: list[tuple[int, str, float, str]] = []
+    if limit_mb is not None:
+        rooms.append((memory.total, in_training, limit_mb, "allowed are {:,.0f} MB (cross_memory_mb)"))
+    elif device.type == "cuda":
+        rooms.append((memory.total, in_training, _free_on_gpu_mb(device), f"free on {device} are {{:,.0f}} MB"))
+    if device.type != "cpu":
+        rooms.append((memory.weights, "before the model is on its device", 2 * half_of_free_mb(), "free are {:,.0f} MB"))
+    elif limit_mb is None:
+        rooms.append((memory.total, in_training, 2 * half_of_free_mb(), "free are {:,.0f} MB"))
+    for needed, when, room_mb, room in rooms:
+        if needed > room_mb * 2**20:
+            raise DataError(
+                f"the crosses have {memory.rows:,} values, which take {needed / 2**20:,.0f} MB {when}; {room.format(room_mb)}. "
+                "Raise their min_count, set max_size or hash_size, cross fewer fields, lower the width of the model's vectors, "
+                "or take an optimizer that keeps less"
+            )
+
+
+def _free_on_gpu_mb(device: torch.device) -> float:
+    """What the GPU has, and what torch holds of it without use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**20
 
 
 def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: str) -> None:

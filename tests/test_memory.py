@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from ctrlib.embedding import RowDtype
-from ctrlib.experiment import DataOptions, check_cross_memory, train
+from ctrlib.experiment import DataOptions, check_cross_memory, prepare, train
 from ctrlib.memory import TableMemory, cross_memory, model_cross_memory, table_memory
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.optinter import OptInter
 from ctrlib.models.presets import PRESETS, preset
 from ctrlib.optim import OptimizerConfig, build_optimizer
 from ctrlib.schema import BatchLayout, DataError, SparseColumn
+from ctrlib.search.optinter import OptInterConfig, search_optinter
 from ctrlib.table import EmbeddingTable
 from tests.clicks import SCHEMA, clicks, tiny
 from tests.models.small import LAYOUT, shrunk, with_crosses
@@ -179,6 +180,46 @@ def test_crosses_that_a_model_does_not_read_do_not_count(monkeypatch: pytest.Mon
     check_cross_memory(preset("optinter_f"), CROSSED, OptimizerConfig())
     with pytest.raises(DataError, match="the crosses have"):
         check_cross_memory(preset("optinter_m"), CROSSED, OptimizerConfig())
+
+
+def test_off_the_cpu_weights_must_fit_the_machine_and_all_of_it_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, optimizer = preset("optinter_m"), OptimizerConfig(embedding="dense")
+    with torch.device("meta"):
+        memory = model_cross_memory(build_model(config, CROSSED), CROSSED, optimizer)
+    weights, everything = memory.weights / 2**20, memory.total / 2**20
+    assert everything == 6 * weights
+
+    def check(device: str, machine: float, gpu: float, limit: float | None = None) -> None:
+        monkeypatch.setattr("ctrlib.experiment.half_of_free_mb", lambda: machine / 2)
+        # half of what is free is in torch's own store
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (int(gpu / 2 * 2**20), 0))
+        monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: int(gpu / 2 * 2**20) + 999)
+        monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 999)
+        check_cross_memory(config, CROSSED, optimizer, limit, device=device)
+
+    enough, little = 1.01, 0.99
+    check("cuda", enough * weights, enough * everything)
+    check("cuda", enough * weights, 0, limit=enough * everything)  # a limit of one's own stands for what is free there
+    check("meta", enough * weights, 0)
+    check("cpu", enough * everything, 0)
+    with pytest.raises(DataError, match=r"MB in training with .*'dense'; free on cuda are \d+ MB"):
+        check("cuda", enough * weights, little * everything)
+    for device in ("cuda", "meta"):
+        with pytest.raises(DataError, match=r"MB before the model is on its device; free are \d+ MB"):
+            check(device, little * weights, enough * everything)
+    with pytest.raises(DataError, match="before the model is on its device"):
+        check("cuda", little * weights, enough * everything, limit=enough * everything)
+    with pytest.raises(DataError, match="cross_memory_mb"):
+        check("cuda", enough * weights, enough * everything, limit=little * everything)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_search_of_optinter_is_refused_on_any_device(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crossed = DataOptions(schema=SCHEMA.with_crosses([("user", "city")]))
+    store = prepare(clicks(300, 0), tmp_path / "store", crossed)
+    monkeypatch.setattr("ctrlib.experiment.half_of_free_mb", lambda: 1e-4)
+    with pytest.raises(DataError, match="the crosses have"):
+        search_optinter(preset("optinter"), store, OptInterConfig(), fit=tiny().fit, batch_size=64, seed=0, device=device)
 
 
 def test_training_is_refused_where_the_crosses_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,9 @@ class OptFSConfig:
         learning_rate: of the gates' Adam; ``None``: that of the net. A logit moves by about this much a step at most: where an
             epoch has few steps, it takes a higher one to get from g_c⁰ below 0 in the first two or three.
         epsilon: of the gates' Adam. Part of the method: λ is of its size, and it decides whether unseen values are dropped.
-        embedding: optimizer of the tables during the search, at their learning rate in ``fit``; ``dense`` as in the released
-            code, ``None``: as ``fit`` has it.
+        embedding: optimizer of the tables during the search. ``dense``, as in the released code, has the rate
+            ``embedding_learning_rate`` of ``fit.optimizer``, or ``learning_rate`` where that is unset, also where ``fit``
+            itself has ``adagrad`` at a higher one. ``None``: as ``fit`` has it.
         start: weights in the result, for re-training; ``rewind``: after epoch T_c; ``same_seed``: the initial ones (the
             paper's l.t.h.); ``random``: none (r.i.); ``none``: the last ones, for use without re-training (w.o.).
 

@@ -136,8 +136,7 @@ def search_optinter(
         )
     if model.choices is not None:
         raise ConfigError("the model's choices are made already; set choices to None (the preset 'optinter') to search them")
-    if torch.device(device).type == "cpu":
-        check_cross_memory(model, layout, fit.optimizer)
+    check_cross_memory(model, layout, fit.optimizer, device=device)
     seed_everything(seed)
     net = cast(OptInter, build_model(model, layout))
     if net.logits is None:

@@ -37,7 +37,8 @@ def best_fields(schema: Schema, scores: Mapping[str, float], top: Top) -> tuple[
     """The fields with the highest scores, in the order of the schema; of equal ones the first.
 
     A cross is made of the ids of two fields and cannot be kept without them. So a field is ranked by its own score or that of
-    the best cross it is part of, whichever is higher, and before that cross. Time gaps follow their history: they are not ranked.
+    the best cross it is part of, whichever is higher, and before that cross. Time gaps follow their
+    history: they are not ranked.
 
     Args:
         schema: of the data.

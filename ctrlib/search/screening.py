@@ -186,8 +186,8 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
 
     Ids and quantile bins of numbers are scored as they are; of a sequence, every value of a row is one observation of the row's
     label. Row weights are not looked at. The report has ``plain`` and ``z`` by field, ``controls`` (scores of fields of random
-    values and of the row's number in its block), and with ``redundancy`` the 3MR ``order`` and the ``relation`` of the best pairs, which
-    are candidates for crosses.
+    values and of the row's number in its block), and with ``redundancy`` the 3MR ``order`` and the ``relation`` of the best
+    pairs, which are candidates for crosses.
 
     Args:
         store: of which only the training rows are read.

@@ -174,8 +174,7 @@ class _Until:
 def _model(store: Store, run: RunConfig, seed: int) -> ModelComponent:
     layout = store.encoder.layout
     device = torch_device(run.device)
-    if device.type == "cpu":
-        check_cross_memory(run.model, layout, run.fit.optimizer)
+    check_cross_memory(run.model, layout, run.fit.optimizer, device=device)
     seed_everything(seed)
     return build_model(run.model, layout).to(device)
 

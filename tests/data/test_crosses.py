@@ -278,7 +278,7 @@ def test_counting_stops_at_the_limit_whatever_the_number_of_threads(threads: int
     columns = [SparseColumn(f"f{i}", 20_002, f"f{i}") for i in range(7)]
     fields = [CrossField(name=f"{a.name}*{b.name}", of=(a.name, b.name)) for a, b in combinations(columns, 2)]
     limit = 5000 * VALUE_BYTES / 2**20
-    with pytest.raises(DataError, match="the crosses are too large: .* values so far"):
+    with pytest.raises(DataError, match=r"the crosses are too large: .* values so far"):
         fit_crosses(fields, columns, [ids], len(ids), limit)
     part = 5000 * VALUE_BYTES / (100 * threads)  # 100 bytes a key in hand, by all threads together
     assert max(counted) < 1.2 * max(part, 500)

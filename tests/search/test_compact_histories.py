@@ -58,7 +58,7 @@ def test_time_gaps_follow_their_history(fields: tuple[str, ...], gaps: bool, enc
     selection = select(encoder, fields=fields)
     derived = selection.apply(encoder)
     kept = tuple(name for name in (*OTHERS, *HISTORY) if name in fields)
-    assert derived.layout.names == (kept + ("hist_gap",) if gaps else kept)
+    assert derived.layout.names == ((*kept, "hist_gap") if gaps else kept)
     assert [h.gaps for h in derived.schema.histories] == (["hist_gap"] if gaps else [])
     found, want = derived.transform(rows).sequences, encoder.transform(rows).sequences
     stored = apply_to_store(selection, store, tmp_path / "kept").split("train").sequences

@@ -139,16 +139,31 @@ def test_our_gates_follow_that_path() -> None:
     np.testing.assert_allclose(gates.logits.detach()[1:, 0], -0.0293, atol=5e-4)
 
 
-def test_a_sparse_gradient_would_leave_it_where_it_was() -> None:
-    logits = torch.nn.Embedding(4, 1, sparse=True)
-    torch.nn.init.constant_(logits.weight, 0.5)
-    optimizer: Any = torch.optim.SparseAdam(list(logits.parameters()), lr=0.1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        torch.sigmoid(logits(torch.tensor([1, 3]))).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert (logits.weight[[0, 2]] == 0.5).all()
-    assert (logits.weight[[1, 3]] < 0.5).all()
+def test_values_that_are_not_in_the_batch_have_a_gradient() -> None:
+    """σ(.5)·(1 − σ(.5)) = .235004 each of the penalty; those in the batch that of the loss besides. A sparse gradient would
+    leave the others where they are."""
+    gates = ValueGates({"a": 4, "b": 3})
+    loss = gates(torch.tensor([1, 3])).sum()
+    (loss + 0.1 * gates.openness()).backward()
+    grad = gates.logits.grad
+    assert grad is not None
+    assert grad.layout == torch.strided
+    slope = 0.2350037
+    seen = slope * 1.6065307  # 1/σ(.5): gates start at 1
+    expected = torch.tensor([0, seen, 0, seen, 0, 0]) + 0.1 * slope * torch.tensor([0, 1, 1, 1, 1, 1])
+    torch.testing.assert_close(grad[:, 0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("own", "rate"), [(None, 0.003), (0.02, 0.02)])
+def test_the_rate_of_the_tables(own: float | None, rate: float, store: Store) -> None:
+    """``fit`` has adagrad's, higher than ``learning_rate``; the search's dense optimizer has not."""
+    config = FitConfig(optimizer=OptimizerConfig(embedding="adagrad", learning_rate=0.003, embedding_learning_rate=own))
+    assert own is not None or config.optimizer.table_learning_rate > rate
+    network, _, optimizer = optfs._set_up(small(), store, OptFSConfig(), config, 64, 0, "cpu")
+    tables = {id(part.rows.weight) for part in embeddings(network)}
+    groups = [g for g in optimizer.param_groups if any(id(p) in tables for p in g["params"])]
+    assert groups
+    assert all(g["lr"] == rate for g in groups)
 
 
 def test_the_search_moves_unseen_values_along_that_path(tmp_path: Path) -> None:

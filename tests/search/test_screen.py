@@ -15,8 +15,8 @@ from ctrlib.experiment import DataOptions, prepare
 from ctrlib.memory import table_memory
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import DataError, DenseField, Schema, SparseField
-from ctrlib.search.combinations import CombinationTally
 from ctrlib.search import screen as screening
+from ctrlib.search.combinations import CombinationTally
 from ctrlib.search.screen import ScreenConfig, screen, surrogate_score, table
 from ctrlib.search.screening import dense_codes, permuted
 

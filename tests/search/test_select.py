@@ -286,7 +286,7 @@ def test_a_wrong_small_model_is_seen(
         small, derived = compact(model, selection, encoder)
         embedding = next(part for part in small.modules() if isinstance(part, FeatureEmbedding))
         with torch.no_grad():
-            next(embedding.parameters()).add_(2e-5)  # little, but no rounding
+            next(embedding.parameters()).add_(2e-4)  # little, but no rounding
         return small, derived
 
     monkeypatch.setattr(selecting, "compact", wrong)
@@ -294,7 +294,7 @@ def test_a_wrong_small_model_is_seen(
     for _ in range(2):  # the second call reads what was found
         caplog.clear()
         report = select(plain, case.run, out, method=method, top=case.top, settings=case.settings, seeds=1, curve=False)
-        assert 1e-6 < report["compact_difference"] < 1e-4
+        assert 1e-5 < report["compact_difference"] < 1e-3
         assert report["verified"] is False
         assert "**not verified equal**" in table(report)
         assert "verified/seed-0.json: the small model is not the same function" in caplog.text
@@ -331,7 +331,7 @@ def test_differences_are_relative_to_the_logits() -> None:
         "compact_difference": 2e-5,
         "compact_relative": pytest.approx(9e-7),
     }
-    assert verdict((2e-5, 50.0), (2e-6, 0.1))["verified"] is False
+    assert verdict((2e-5, 50.0), (2e-5, 0.1))["verified"] is False
     assert verdict((None, 50.0))["verified"] is False  # a file calls NaN null
     assert selecting._verdict([{"difference": 2e-7}])["verified"] is True  # written before the size was
     without = selecting._verdict([{"difference": 0.0, "largest_logit": 1.0}, {"difference": None, "reason": "it reads x"}])
@@ -710,6 +710,6 @@ def test_the_table_says_what_the_search_cost_and_what_is_wrong() -> None:
     assert "* the search took 3.0 s, 1.50 times as long as training the model before (2.0 s)\n" in text
     assert text.endswith("by at most 2.0e-07\n")
     wrong = table(report | {"compact_difference": 0.01, "compact_relative": 0.002, "verified": False})
-    assert "by at most 1.0e-02, 2.0e-03 of the largest: **not verified equal** (rounding changes up to 1e-06)" in wrong
+    assert "by at most 1.0e-02, 2.0e-03 of the largest: **not verified equal** (rounding changes 1e-05)" in wrong
     assert "by at most 2.0e-07 (both with weights drawn at random)" in table(report | {"method": "optinter"})
     assert "is not compared with the gated one: it reads x" in table(report | {"verified": None, "not_compared": "it reads x"})
