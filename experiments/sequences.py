@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from ctrlib import artifact
 from ctrlib.config import ConfigError, to_json
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.loader import Loader
-from ctrlib.data.store import Store
+from ctrlib.data.store import Split, Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import json_text, write_json, write_text
+from ctrlib.models.ctr import ModelComponent
+from ctrlib.plots import figure_class, plot_gates
 from ctrlib.ranking_metrics import by_history_length, history_table, plot_by_history_length
 from ctrlib.schema import DataError, suggest
 from ctrlib.training import predict
@@ -48,6 +51,7 @@ ASKED = ("din", "moe")  # the baselines that AW-MoE is asked to reach
 OVERALL = ("auc", "gauc", "ndcg@10", "mrr", "hr@10", "auc@10")
 COMPARED = ("gauc", "ndcg@10")
 LONG_TAIL = "≤5"
+PLOTS = {"ndcg.png": "NDCG@10 by the length of the history", "gates.png": f"gates of {MAIN}, users by experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +94,8 @@ class Sequences:
         options = DataOptions(schema=source / "schema.json", valid=str(files["valid"]), test=str(files["test"]))
         return prepare(str(files["train"]), scratch / "store", options)
 
-    def page(self, runs: seeds.Runs) -> str:
-        """README.md."""
+    def page(self, runs: seeds.Runs, folder: Path | None = None) -> str:
+        """README.md; with links to the plots that are there in its folder (default: that of the experiment)."""
         text = f"# {self.title}\n\n`python -m {self.module}`. {self.text}\n{_INTRO}"
         done = seeds.complete(runs)
         looks = {found["settings"]["sessions"] for all_seeds in runs.values() for found in all_seeds} - {None}
@@ -106,6 +110,9 @@ class Sequences:
                 text += f"\n## {metric} by the length of the history\n\nMeans over seeds.\n\n{history_table(means, metric)}"
         if MAIN in done:
             text += _comparison(done)
+        plots = [name for name in PLOTS if ((folder or self.folder) / name).is_file()]
+        if plots:
+            text += "\n## Plots\n\n" + "".join(f"![{PLOTS[name]}]({name})\n" for name in plots)
         return text + seeds.missing(runs, MODELS)
 
 
@@ -125,9 +132,18 @@ def config(name: str, options: argparse.Namespace) -> RunConfig:
 
 
 def run(
-    name: str, seed: int, store: Store, scratch: Path, settings: Mapping[str, Any], options: argparse.Namespace
+    name: str,
+    seed: int,
+    store: Store,
+    scratch: Path,
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
+    plots: Path,
 ) -> dict[str, Any]:
-    """What the JSON of a model and seed holds: the report, and the test metrics by length of the history."""
+    """What the JSON of a model and seed holds: the report, and the test metrics by length of the history.
+
+    Of AW-MoE there is also a heat map of gates, in the folder ``plots``; the last seed's stays.
+    """
     started = time.process_time()
     report = train(store, config(name, options), scratch / "run", name=name, seed=seed)
     if report["interrupted"]:
@@ -141,8 +157,20 @@ def run(
     assert seen.labels is not None
     assert seen.group is not None
     buckets = by_history_length(lengths, seen.labels, seen.logits, seen.group)
+    if name == MAIN:
+        plot_gates(*sample_gates(model, split, lengths), plots / "gates.png")
     seconds = time.process_time() - started
     return {**report, "settings": settings, "history": buckets, "cpu_seconds": seconds}
+
+
+def sample_gates(
+    model: ModelComponent, split: Split, lengths: npt.NDArray[np.int64], rows: int = 16_384
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """The gates of the clicked ones among the first rows, a user each, and how many behaviours each has."""
+    batch = next(iter(Loader(split, rows)))
+    assert batch.labels is not None
+    clicked = batch.labels[:, 0].numpy() == 1
+    return model.explain(batch)["gate"].numpy()[clicked], lengths[: len(clicked)][clicked]
 
 
 def mean_buckets(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -219,6 +247,7 @@ def main(experiment: Sequences, description: str | None, argv: Sequence[str] | N
     out: Path = options.out or experiment.folder / "results"
     readme = (options.out or experiment.folder) / "README.md"
     out.mkdir(parents=True, exist_ok=True)
+    figure_class()  # whoever lacks it is told before the first run
     tune_cpu()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -230,16 +259,16 @@ def main(experiment: Sequences, description: str | None, argv: Sequence[str] | N
                     continue
                 if store is None:
                     store = experiment.store(scratch, options.sessions)
-                found = run(name, seed, store, scratch, settings, options)
+                found = run(name, seed, store, scratch, settings, options, readme.parent)
                 write_json(seeds.file(out, name, seed), found)
                 print(name, seed, f"test GAUC {found['test']['gauc']:.4f}, {found['cpu_seconds']:.0f} s", flush=True)
-                write_text(readme, experiment.page(seeds.load(out, MODELS)))
+                write_text(readme, experiment.page(seeds.load(out, MODELS), readme.parent))
     runs = seeds.load(out, MODELS)
-    write_text(readme, experiment.page(runs))
     done = seeds.complete(runs)
     if done:
         means = {name: mean_buckets(found) for name, found in done.items()}
         plot_by_history_length(means, "ndcg@10", readme.parent / "ndcg.png")
+    write_text(readme, experiment.page(runs, readme.parent))
 
 
 def script(experiment: Sequences, description: str | None) -> None:

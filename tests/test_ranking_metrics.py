@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ctrlib import plots
 from ctrlib.config import ConfigError
 from ctrlib.metrics import gauc
 from ctrlib.ranking_metrics import (
@@ -204,6 +205,23 @@ def test_table_and_plot(tmp_path: Path) -> None:
     plot_by_history_length(models, "ndcg@10", tmp_path / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_heat_map_of_gates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gate_UK = np.array([[0.5, -2.0, 0.0], [1.0, 0.25, 0.75], [0.0, 0.0, 1.5]])
+    plots.plot_gates(gate_UK, [7, 0, 3], tmp_path / "gates.png")
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: drawn.append(figure))
+    plots.plot_gates(gate_UK, [7, 0, 3], tmp_path / "gates.png")
+    axes = drawn[0].axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), gate_UK[[1, 2, 0]])  # the shortest history on top
+    assert axes.images[0].get_clim() == (-2.0, 2.0)  # no gate is white
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "3", "7"]
+    for gates, lengths in ((gate_UK, [1, 2]), (gate_UK[0], [1]), (gate_UK[:0], []), (gate_UK * np.nan, [1, 2, 3])):
+        with pytest.raises(DataError, match=r"expected finite numbers \[users, experts\], and a length for every user"):
+            plots.plot_gates(gates, lengths, tmp_path / "gates.png")
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,12 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ctrlib.config import ConfigError
+from ctrlib.data.store import Split
+from ctrlib.models.presets import preset
 from experiments import seeds, sequences
 from experiments.amazon_grocery.run import EXPERIMENT as GROCERY
 from experiments.beauty.run import EXPERIMENT as BEAUTY
+from tests.models.histories import LAYOUT, rows
+from tests.models.small import make, shrunk
 
 
 def _bucket(segment: str, value: float) -> dict[str, Any]:
@@ -62,6 +67,29 @@ def test_pages(experiment: sequences.Sequences) -> None:
 def test_the_committed_page_is_what_the_committed_results_make(experiment: sequences.Sequences) -> None:
     committed = (experiment.folder / "README.md").read_text(encoding="utf-8")
     assert committed == experiment.page(seeds.load(experiment.folder / "results", sequences.MODELS))
+
+
+def test_the_page_links_the_plots_that_are_there(tmp_path: Path) -> None:
+    runs = {"aw_moe": _runs(0.5, 0.5)}
+    assert "## Plots" not in GROCERY.page(runs, tmp_path)
+    (tmp_path / "gates.png").touch()
+    assert "\n## Plots\n\n![gates of aw_moe, users by experts](gates.png)\n" in GROCERY.page(runs, tmp_path)
+    (tmp_path / "ndcg.png").touch()
+    assert "](ndcg.png)\n![gates" in GROCERY.page(runs, tmp_path)
+
+
+def test_a_sample_of_gates() -> None:
+    """Of the clicked rows among the first ones."""
+    batch = rows(9)
+    assert batch.labels is not None
+    layout_rows = {name: (r.values, r.offsets.long()) for name, r in batch.sequences.items()}
+    split = Split(9, batch.sparse, batch.dense, layout_rows, batch.labels, None, batch.group)
+    model = make(shrunk(preset("aw_moe")), LAYOUT)
+    lengths = batch.sequences["hist_item"].offsets.diff().numpy()
+    gates, found = sequences.sample_gates(model, split, lengths, rows=6)
+    clicked = [i for i in range(6) if batch.labels[i, 0] == 1]
+    assert found.tolist() == [int(lengths[i]) for i in clicked]
+    np.testing.assert_allclose(gates, model.explain(batch)["gate"].numpy()[clicked], rtol=0, atol=1e-6)
 
 
 def test_means_leave_what_is_undefined_undefined() -> None:
