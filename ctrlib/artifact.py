@@ -66,7 +66,7 @@ class Artifact:
         if self.schema.classes:
             raise ConfigError(
                 f"{what} is for models of rows, and this is a run on nodes (label {self.schema.labels[0]!r} with "
-                f"{len(self.schema.classes)} classes); predict nodes with ctrlib.load_nodes(run), its metrics are in metrics.json"
+                f"{len(self.schema.classes)} classes); use ctrlib.load_nodes(run), and the metrics in its metrics.json"
             )
 
     def predict(self, data: object) -> npt.NDArray[np.float64]:
@@ -188,7 +188,7 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
         if not (folder / name).is_file() or sha256(folder / name) != info["files"].get(name):
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
     encoder = Encoder.load(folder)
-    config = from_json(_read_json(folder / "model.json"), ModelComponent.Config, table, "model.json")
+    config = from_json(read_json(folder / "model.json"), ModelComponent.Config, table, "model.json")
     with unallocated_tables():
         model = build_model(config, encoder.layout)
     if list(model.embedding.out.names) != info["fields"]:
@@ -202,7 +202,7 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
     model.eval()
     calibrations: tuple[Calibration, ...] = ()
     if (name := info.get("calibration")) is not None:
-        calibrations = calibration.from_json(_read_json(folder / name).get("calibrations", {}), encoder.schema.labels)
+        calibrations = calibration.from_json(read_json(folder / name).get("calibrations", {}), encoder.schema.labels)
     return Artifact(encoder, config, model, info, calibrations)
 
 
@@ -214,7 +214,7 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not (folder / "artifact.json").is_file():
         raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train")
     file = folder / "artifact.json"
-    info = _read_json(file)
+    info = read_json(file)
     found = info.get("format")
     if isinstance(found, int) and found > _FORMAT:
         raise DataError(
@@ -228,7 +228,12 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return folder, info
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of an artifact.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,6 +120,11 @@ def _shares(text: str) -> dict[str, float]:
     return {"train": train, "valid": validation, "test": testing}
 
 
+def _given(options: Mapping[str, object]) -> str:
+    """The names of those that were given; 0 is given too."""
+    return ", ".join(option for option, value in options.items() if value is not None and value is not False)
+
+
 def _assignments(option: str, items: list[str] | None) -> dict[str, str]:
     """``["a=1", "b=2"]`` by name."""
     found: dict[str, str] = {}
@@ -202,8 +208,8 @@ def train(
         str | None, typer.Option("--nodes", help="Nodes of a graph instead of rows: id, features, label.")
     ] = None,
     edges: Annotated[str | None, typer.Option(help="Edges between the nodes.")] = None,
-    node_id: Annotated[str, typer.Option("--id", help="Column that names nodes.")] = "id",
-    ends: Annotated[str, typer.Option(help="Columns of both ends of an edge.")] = "source,target",
+    node_id: Annotated[str | None, typer.Option("--id", help="Column that names nodes; default: id.")] = None,
+    ends: Annotated[str | None, typer.Option(help="Columns of both ends of an edge; default: source,target.")] = None,
     node_split: Annotated[str | None, typer.Option("--split-column", help="Column of nodes: train, valid or test.")] = None,
     symmetrize: Annotated[bool, typer.Option("--symmetrize", help="Forget the directions of directed edges.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Encode while training instead of writing a store first.")] = False,
@@ -224,16 +230,18 @@ def train(
             "--time": time,
             "--weight": weight,
             "--stream": stream,
+            "--split": None if split == "auto" else split,
         }
         of_rows |= {"--cross-min-count": crosses, "--cross-max-size": cross_max, "--cross-hash-size": cross_hash}
-        if given := [option for option, value in of_rows.items() if value]:
-            raise ConfigError(f"{', '.join(given)} is for rows, not for nodes; name the nodes of each split by --split-column")
+        if given := _given(of_rows | {"--cross-memory-mb": cross_memory}):
+            raise ConfigError(f"{given} is for rows, not for nodes; name the nodes of each split by --split-column")
+        ends = "source,target" if ends is None else ends
         source, comma, target = ends.partition(",")
         if not comma:
             raise ConfigError(f"--ends is {ends!r}; expected two columns such as source,target")
         graph = GraphOptions(
             label=label[0],
-            id=node_id,
+            id="id" if node_id is None else node_id,
             source=source,
             target=target,
             schema=schema,
@@ -251,6 +259,8 @@ def train(
         return
     if data is None:
         raise ConfigError("there is no data; name a file of rows, or --nodes and --edges")
+    if given := _given({"--id": node_id, "--ends": ends, "--split-column": node_split, "--symmetrize": symmetrize}):
+        raise ConfigError(f"{given} is for nodes, not for rows; give --nodes and --edges, or cut rows by --split")
     config = experiment.configure(model, flavour or "paper", _assignments("--set", set_), epochs)
     crossing = crosses, cross_max, cross_hash, cross_memory
     options = _data_options(label, schema, valid, test, split, shares, group, time, weight, seed, stream, *crossing)

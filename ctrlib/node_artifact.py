@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from torch import Tensor
 from ctrlib import artifact
 from ctrlib.artifact import Artifact
 from ctrlib.data.adjacency import Adjacency
-from ctrlib.data.graph import Graph, GraphOptions, edge_ends, encode_nodes, node_ids
+from ctrlib.data.graph import Graph, GraphOptions, edge_ends, encode_nodes, node_ids, places
 from ctrlib.data.source import open_source
 from ctrlib.files import sha256, write_json
 from ctrlib.models.catgcn import CatGCN
@@ -29,6 +28,8 @@ from ctrlib.schema import DataError
 from ctrlib.training import Predictions
 
 Floats = npt.NDArray[np.float64]
+
+_FILES = ("graph.safetensors", "ids.parquet")
 
 
 def save_graph(folder: Path, graph: Graph, model: CatGCN, options: GraphOptions) -> None:
@@ -74,9 +75,12 @@ class NodeArtifact:
             DataError: a node is not known.
         """
         if ids is None:
-            return self._known
-        wanted = _cast(ids if isinstance(ids, pa.Array) else pa.array(ids), self.ids.type)
-        found = pc.index_in(wanted, value_set=self.ids)
+            return self._known.copy()
+        wanted = ids if isinstance(ids, pa.Array) else pa.array(ids)
+        try:
+            found = places(wanted, self.ids)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise _other_type(wanted.type, self.ids.type) from error
         if found.null_count:
             lost = wanted.filter(pc.is_null(found))[0]
             raise DataError(f"node {lost} is not among the {len(self.ids):,} known ones; give its features to predict_new")
@@ -138,14 +142,17 @@ def load_nodes(run: str | Path) -> NodeArtifact:
     folder = Path(run) / "graph"
     if not (folder / "graph.json").is_file():
         raise DataError(f"{run} is no run on nodes (no graph/graph.json); expected a folder written by ctrlib train --nodes")
-    info = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
-    for name, digest in info["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
+    info = artifact.read_json(folder / "graph.json")
+    columns = {key: info[key] for key in ("id", "source", "target") if isinstance(info.get(key), str)}
+    files = info.get("files")
+    if not isinstance(files, dict) or len(columns) < 3:
+        raise DataError(f"file {folder / 'graph.json'} is damaged; copy the run again")
+    for name in {*_FILES, *files}:
+        if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
             raise DataError(f"file {folder / name} is missing or damaged; copy the run again")
     tensors = load_file(folder / "graph.safetensors")
     ids = pq.read_table(folder / "ids.parquet")["id"].combine_chunks()
     adjacency = Adjacency(tensors["offsets"].numpy(), tensors["neighbours"].numpy())
-    columns = {key: info[key] for key in ("id", "source", "target")}
     return NodeArtifact(artifact.load(run), ids, adjacency, tensors["hidden"], columns)
 
 
@@ -153,7 +160,11 @@ def _cast(ids: Any, kind: Any) -> Any:
     try:
         return ids.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"ids of nodes are {ids.type}; expected {kind}, as those of the training nodes") from error
+        raise _other_type(ids.type, kind) from error
+
+
+def _other_type(found: Any, kind: Any) -> DataError:
+    return DataError(f"ids of nodes are {found}; expected {kind}, as those of the training nodes")
 
 
 def _probability(logits: Tensor) -> Floats:

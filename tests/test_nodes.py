@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,18 @@ def test_known_nodes_are_predicted_as_in_training(run: Path, loaded: NodeArtifac
     test = graph.nodes("test")
     assert (p_NC[test].argmax(1) == graph.labels[test]).mean() == pytest.approx(report(run)["test"]["accuracy"])
     np.testing.assert_array_equal(loaded.predict(["n7", "n0"]), p_NC[[7, 0]])
+    mine = loaded.predict()
+    mine[:] = 0  # of whoever asked, and no other's
+    np.testing.assert_array_equal(loaded.predict(), p_NC)
     assert loaded.classes == ("team 0", "team 1", "team 2")
     with pytest.raises(DataError, match="node n999 is not among the 120 known ones"):
         loaded.predict(["n1", "n999"])
+    numbered = replace(loaded, ids=pa.array(range(120), pa.int32()))
+    np.testing.assert_array_equal(numbered.predict([7]), p_NC[[7]])
+    with pytest.raises(DataError, match="node 3000000000 is not among the 120 known ones"):
+        numbered.predict([7, 3_000_000_000])
+    with pytest.raises(DataError, match=r"ids of nodes are list<item: int64>; expected int32"):
+        numbered.predict([[7]])
 
 
 def test_new_nodes_are_predicted_as_if_the_graph_had_them(loaded: NodeArtifact) -> None:
@@ -124,6 +134,20 @@ def test_a_damaged_or_other_run_is_refused(run: Path, tmp_path: Path) -> None:
         target = copy / path.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
+    described = copy / "graph" / "graph.json"
+    content = described.read_text(encoding="utf-8")
+    whole = json.loads(content)
+    for damaged, message in (
+        (content[:40], r"graph\.json is missing or damaged"),
+        ("[]", r"graph\.json holds a list; expected an object"),
+        ("{}", r"graph\.json is damaged"),
+        (json.dumps({**whole, "id": None}), r"graph\.json is damaged"),
+        (json.dumps({**whole, "files": {}}), "is missing or damaged"),
+    ):
+        described.write_text(damaged, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            load_nodes(copy)
+    described.write_text(content, encoding="utf-8")
     (copy / "graph" / "ids.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"ids\.parquet is missing or damaged"):
         load_nodes(copy)
@@ -144,6 +168,10 @@ def test_command_line(tmp_path: Path) -> None:
         (["--label", "team", "--label", "id"], "a graph is given by --nodes FILE --edges FILE --label COLUMN"),
         (["rows.parquet", "--label", "team"], "without other data"),
         (["--label", "team", "--valid", "v.parquet", "--stream"], "--valid, --stream is for rows, not for nodes"),
+        (
+            ["--label", "team", "--split", "time", "--cross-memory-mb", "0"],
+            "--split, --cross-memory-mb is for rows, not for nodes",
+        ),
         (["--label", "team", "--ends", "from"], "expected two columns such as source,target"),
     ):
         found = CliRunner().invoke(app, ["train", *given, "--out", f"{tmp_path / 'no'}", *wrong])
@@ -152,6 +180,13 @@ def test_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["models", "--nodes"]).output.split()[0] == "catgcn"
     nothing = CliRunner().invoke(app, ["train", "--model", "dnn", "--out", f"{tmp_path / 'no'}"])
     assert "there is no data" in str(nothing.exception)
+    of_nodes = ["--id", "id", "--ends", "a,b", "--split-column", "part", "--symmetrize"]
+    rows = ["train", f"{tmp_path / 'nodes.parquet'}", "--model", "lr", "--label", "team", "--out", f"{tmp_path / 'no'}"]
+    for given_too in ([*of_nodes[:2]], of_nodes):
+        refused = CliRunner().invoke(app, [*rows, *given_too])
+        assert isinstance(refused.exception, ConfigError)
+        names = ", ".join(part for part in given_too if part.startswith("--"))
+        assert f"{names} is for nodes, not for rows" in str(refused.exception)
 
 
 def test_what_is_for_rows_refuses_a_run_on_nodes(run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Shape letters: N nodes, E directed edges (each undirected one is two).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,15 @@ class Adjacency:
     neighbours: npt.NDArray[np.int32]
 
     @classmethod
-    def from_pairs(cls, source: Nodes, target: Nodes, num_nodes: int, *, symmetrize: bool = False) -> Adjacency:
+    def from_pairs(
+        cls,
+        source: Nodes,
+        target: Nodes,
+        num_nodes: int,
+        *,
+        symmetrize: bool = False,
+        say: Callable[[int], str] = "at place {} of the arrays".format,
+    ) -> Adjacency:
         """The graph of some edges, each listed in one direction, or all of them in both.
 
         Repeated edges count once, loops not at all: the normalised matrix has loops of its own.
@@ -35,6 +44,7 @@ class Adjacency:
             source, target: [E] node numbers.
             num_nodes: N.
             symmetrize: forget the directions of a directed graph.
+            say: how an error names the edge at a place of ``source`` and ``target``.
 
         Raises:
             DataError: some edges are listed in both directions and others in one, so that the graph is directed or damaged.
@@ -46,11 +56,12 @@ class Adjacency:
         if not symmetrize:
             both = int(np.isin(back_E, keys_E, assume_unique=True).sum())
             if 0 < both < len(keys_E):
-                lonely = int(keys_E[~np.isin(keys_E, back_E, assume_unique=True)][0])
+                lonely = keys_E[~np.isin(keys_E, back_E, assume_unique=True)][0]
+                first = int(np.argmax((source == lonely // size) & (target == lonely % size)))
                 raise DataError(
-                    f"{both:,} of {len(keys_E):,} edges are listed in both directions and the others in one, such as that from "
-                    f"node number {lonely // size} to {lonely % size}: a directed graph; expected every edge once, or every "
-                    "edge in both directions. To forget the directions, symmetrize (--symmetrize)"
+                    f"{both:,} of {len(keys_E):,} edges are listed in both directions and the others in one, such as that "
+                    f"{say(first)}: a directed graph; expected every edge once, or every edge in both directions. To forget "
+                    "the directions, symmetrize (--symmetrize)"
                 )
         return cls._from_keys(np.union1d(keys_E, back_E), num_nodes)
 

@@ -110,16 +110,28 @@ def _counted(table: Source, options: CoInteractionOptions) -> Any:
     counted = pa.array(np.ones(table.num_rows, dtype=np.bool_))
     if options.split is not None:
         table.require([options.split], ", which says which rows are for training")
-        counted = pc.fill_null(pc.equal(_plain(table.column(options.split)), "train"), False)
+        says = _plain(table.column(options.split))
+        if not (pa.types.is_string(says.type) or pa.types.is_large_string(says.type)):
+            raise DataError(
+                f"column {options.split!r} of {table.name} holds {says.type}; expected text, 'train' in the rows that count"
+            )
+        counted = pc.fill_null(pc.equal(says, "train"), False)
     if options.time is not None:
         table.require([options.time], ", the time of interactions")
         times = _values(table, options.time)
+        kind, tests = times.type, pa.types
+        timed = tests.is_timestamp(kind) or tests.is_date(kind)
+        if not (timed or tests.is_integer(kind) or tests.is_floating(kind) or tests.is_decimal(kind)):
+            raise DataError(  # as text '9' is later than '10', and rows would leak
+                f"column {options.time!r} of {table.name} holds {kind}; expected numbers, timestamps or dates: parse it first"
+            )
+        other = DataError(f"column {options.time!r} holds {kind}; before is {options.before!r}, no such time")
+        if timed and isinstance(options.before, int | float):  # of which unit?
+            raise other
         try:
-            early = pc.less(times, pa.scalar(options.before).cast(times.type))
+            early = pc.less(times, pa.scalar(options.before).cast(kind))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"column {options.time!r} holds {times.type}; before is {options.before!r}, no such time"
-            ) from error
+            raise other from error
         counted = pc.and_(counted, early)
     return counted
 
@@ -136,10 +148,20 @@ def _values(table: Source, column: str) -> Any:
     return values
 
 
+def _as_in_log(held: Source, column: str, kind: Any) -> Any:
+    values = _values(held, column)
+    try:
+        return values.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"column {column!r} of {held.name} holds {values.type}, that of the log {kind}; give both the same type ({error})"
+        ) from error
+
+
 def _refuse_held_out(users: Any, items: Any, options: CoInteractionOptions) -> None:
     held = open_source(options.held_out, "the held-out interactions")
     held.require([options.user, options.item], ", named as user or item")
-    theirs = _values(held, options.user).cast(users.type), _values(held, options.item).cast(items.type)
+    theirs = _as_in_log(held, options.user, users.type), _as_in_log(held, options.item, items.type)
     size = len(users)
     user = pa.concat_arrays([users, theirs[0]]).dictionary_encode().indices.to_numpy().astype(np.int64)
     item = pa.concat_arrays([items, theirs[1]]).dictionary_encode().indices.to_numpy().astype(np.int64)

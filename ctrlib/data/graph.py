@@ -149,7 +149,11 @@ def read_graph(nodes: object, edges: object, options: GraphOptions) -> Graph:
     lines.require([options.source, options.target], ", named as an end of the edges")
     ids = node_ids(table, options.id)
     source, target = (edge_ends(lines, column, ids, table.name) for column in (options.source, options.target))
-    adjacency = Adjacency.from_pairs(source, target, len(ids), symmetrize=options.symmetrize)
+
+    def say(edge: int) -> str:
+        return f"from node {ids[int(source[edge])]} to {ids[int(target[edge])]} ({lines.locate(edge)})"
+
+    adjacency = Adjacency.from_pairs(source, target, len(ids), symmetrize=options.symmetrize, say=say)
     labels, classes = _classes(table, options)
     split = _split(table, labels, options)
     _check_classes(labels, split, classes, options.label)
@@ -163,9 +167,11 @@ def node_ids(table: Source, column: str) -> Any:
     """[N] the names of nodes, each once.
 
     Raises:
-        DataError: there is none, one is missing, or one is there twice.
+        DataError: there is none, one is missing, one is there twice, or they are no single values.
     """
     ids = _plain(table.column(column))
+    if pa.types.is_nested(ids.type):
+        raise DataError(f"column {column!r} of {table.name} holds {ids.type}; expected one id a node, such as a number or text")
     if len(ids) == 0:
         raise DataError(f"{table.name} has no nodes; expected at least one")
     if ids.null_count:
@@ -189,10 +195,9 @@ def edge_ends(lines: Source, column: str, ids: Any, nodes: str) -> Nodes:
     """
     ends = _plain(lines.column(column))
     try:
-        ends = ends.cast(ids.type)
-    except pa.ArrowInvalid as error:
+        found = places(ends, ids)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"column {column!r} of {lines.name} holds {ends.type}; expected {ids.type} as ids of nodes") from error
-    found = pc.index_in(ends, value_set=ids)
     if found.null_count:
         row = int(np.argmax(pc.is_null(found).to_numpy(zero_copy_only=False)))
         raise DataError(
@@ -201,6 +206,20 @@ def edge_ends(lines: Source, column: str, ids: Any, nodes: str) -> Nodes:
         )
     result: Nodes = found.to_numpy(zero_copy_only=False).astype(np.int64)
     return result
+
+
+def places(values: Any, ids: Any) -> Any:
+    """Where each value is among the ids; null: nowhere.
+
+    Raises:
+        ArrowInvalid, ArrowNotImplementedError: the values cannot be such ids.
+    """
+    try:
+        return pc.index_in(values.cast(ids.type), value_set=ids)
+    except pa.ArrowInvalid:
+        if not (pa.types.is_integer(values.type) and pa.types.is_integer(ids.type)):
+            raise
+        return pc.index_in(values.cast(pa.string()), value_set=ids.cast(pa.string()))  # some are too large for the type of ids
 
 
 def encode_nodes(encoder: Encoder, table: Source, ids: Any) -> Batch:
@@ -237,6 +256,11 @@ def _schema(table: Source, options: GraphOptions, classes: tuple[str, ...]) -> S
             raise DataError(f"{table.name} has no column of lists, which would be the features; give a schema (--schema)")
         return Schema(fields=tuple(SequenceField(name=name) for name in names), labels=(options.label,), classes=classes)
     schema = options.schema if isinstance(options.schema, Schema) else Schema.load(options.schema)
+    if schema.weight is not None:
+        raise DataError(
+            f"the schema has the column {schema.weight!r} of row weights, and nodes have none; remove it. Classes are balanced "
+            "by class_weight"
+        )
     return replace(schema, labels=(options.label,), classes=classes)
 
 

@@ -35,7 +35,8 @@ class CatGCN(ModelComponent):
 
     Nodes are encoded in blocks. Of several blocks nothing but their [block, C] results is kept for the gradient, and each is
     computed once more when its gradient is asked for, with the same random numbers: memory is bounded by a block, and the
-    gradient is the same. The graph's part sees all nodes at once, and has C columns only.
+    gradient is that of all nodes at once. (Random numbers are drawn block by block, so ``block_nodes`` decides which values
+    dropout drops.) The graph's part sees all nodes at once, and has C columns only.
 
     Raises:
         ConfigError: the data has numeric fields, or no classes.

@@ -99,7 +99,7 @@ class Propagation(Component, nn.Module):
             widths = [config.units] * config.hops + [width]
             self.layers.extend(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
             self.biases.extend(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-            self.register_load_state_dict_pre_hook(_refuse_inner_biases)
+            self.register_load_state_dict_pre_hook(_refuse_inner_biases)  # type: ignore[no-untyped-call]
 
     @property
     def reach(self) -> int:

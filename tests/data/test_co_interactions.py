@@ -57,8 +57,19 @@ def test_the_guard_refuses_to_guess_and_finds_what_leaked() -> None:
 def test_times_are_compared_as_such() -> None:
     log = LOG.set_column(3, "time", pa.array([datetime(2024, 1, day) for day in range(1, 8)]))
     assert edges(log, time="time", before=datetime(2024, 1, 4)) == names("ann bob")
+    assert edges(log, time="time", before="2024-01-04") == names("ann bob")
     with pytest.raises(DataError, match="before is 'soon', no such time"):
         edges(LOG, time="time", before="soon")
+    with pytest.raises(DataError, match=r"holds timestamp.*; before is 4, no such time"):
+        edges(log, time="time", before=4)
+
+
+@pytest.mark.parametrize("before", ["2024-1-9", 20240109])
+def test_times_as_text_are_refused(before: object) -> None:
+    """As text 2024-1-10 is before 2024-1-9, and would leak."""
+    log = pa.table({"user": ["a", "b"], "item": [1, 1], "time": ["2024-1-2", "2024-1-10"]})
+    with pytest.raises(DataError, match=r"'time' of .* holds .*string; expected numbers, timestamps or dates"):
+        edges(log, time="time", before=before)
 
 
 @pytest.mark.parametrize("block", [1, 7, 5_000_000])
@@ -91,6 +102,12 @@ def test_bad_logs() -> None:
         edges(time="time", before=0)
     with pytest.raises(DataError, match="'parts'"):
         edges(split="parts")
+    with pytest.raises(DataError, match=r"'time' of .* holds int64; expected text, 'train' in"):
+        edges(split="time")
+    with pytest.raises(
+        DataError, match=r"'item' of the held-out interactions holds .*string, that of the log int64; give both"
+    ):
+        edges(held_out=pa.table({"user": ["z"], "item": ["q"]}))
     with pytest.raises(DataError, match="expected both or none"):
         CoInteractionOptions(time="time")
     with pytest.raises(DataError, match="min_users is 1"):

@@ -76,7 +76,9 @@ def test_isolated_nodes_keep_what_they_have() -> None:
 
 def test_directed_graphs_are_refused_unless_directions_are_to_be_forgotten() -> None:
     listed = pairs((0, 1), (1, 0), (1, 2))
-    with pytest.raises(DataError, match=r"2 of 3 edges are listed in both directions.*from node number 1 to 2: a directed"):
+    with pytest.raises(
+        DataError, match=r"2 of 3 edges are listed in both directions.*such as that at place 2 of the arrays: a directed"
+    ):
         Adjacency.from_pairs(*listed, 3)
     assert Adjacency.from_pairs(*listed, 3, symmetrize=True).num_edges == 2
 
@@ -210,6 +212,36 @@ def test_a_class_without_training_nodes_is_refused() -> None:
     given = nodes.set_column(3, "part", pa.array(["train"] * 120))
     with pytest.raises(DataError, match="no labelled node for valid"):
         read_graph(given, EDGES, GraphOptions(label="team", split="part"))
+
+
+def test_a_directed_edge_is_named_by_ids_and_place() -> None:
+    nodes = pa.table({"id": [10, 20, 30, 40, 50, 60], "f": [[1]] * 6, "y": [0, 1] * 3})
+    listed = pa.table({"source": [40, 10, 20, 20], "target": [40, 20, 10, 30]})
+    options = GraphOptions(label="y", shares={"train": 0.7, "valid": 0.15, "test": 0.15})
+    with pytest.raises(DataError, match=r"such as that from node 20 to 30 \(the table of edges, row 4\): a directed graph"):
+        read_graph(nodes, listed, options)
+
+
+def test_weights_of_rows_are_refused() -> None:
+    schema = Schema(fields=(SequenceField(name="features"),), labels=("x",), weight="w")
+    with pytest.raises(DataError, match="the column 'w' of row weights, and nodes have none"):
+        read_graph(NODES.append_column("w", pa.array(np.ones(120))), EDGES, GraphOptions(label="team", schema=schema))
+
+
+def test_unknown_ids_that_are_larger_than_the_nodes_type() -> None:
+    nodes = NODES.set_column(0, "id", pa.array(range(120), pa.int32()))
+    large = pa.table({"source": [1, 2], "target": [2, 3_000_000_000]})
+    with pytest.raises(DataError, match=r"'target', .*row 2: node 3000000000 is not in the table of nodes.*\(1 ends"):
+        read_graph(nodes, large, TEAM)
+
+
+def test_lists_are_no_ids() -> None:
+    with pytest.raises(DataError, match=r"'id' of the table of nodes holds .*list.*; expected one id a node"):
+        read_graph(NODES.set_column(0, "id", pa.array([[i] for i in range(120)])), EDGES, TEAM)
+    with pytest.raises(DataError, match=r"'source' of the table of edges holds .*list.*; expected .*string as ids"):
+        read_graph(NODES, pa.table({"source": [["n1"]], "target": ["n2"]}), TEAM)
+    with pytest.raises(DataError, match=r"'source' of the table of edges holds .*list.*; expected int64 as ids"):
+        read_graph(NODES.set_column(0, "id", pa.array(range(120))), pa.table({"source": [[1]], "target": [2]}), TEAM)
 
 
 def test_ids_of_another_type_are_refused_or_read_as_the_nodes_are() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Edges, Ragged
@@ -98,7 +100,7 @@ def test_gcn_equals_that_of_torch_geometric() -> None:
     gcn = Propagation(Propagation.Config(name="gcn", hops=1, units=3), 3).double()
     nn.init.normal_(conv.bias)
     with torch.no_grad():
-        gcn.layers[0].weight.copy_(conv.lin.weight)  # type: ignore[operator, union-attr]
+        gcn.layers[0].weight.copy_(conv.lin.weight)  # type: ignore[operator]
         gcn.biases[0].copy_(conv.bias)
     adjacency, h = GRAPH.adjacency, randn(120, 3)
     index = torch.from_numpy(np.stack([adjacency.rows, adjacency.neighbours.astype(np.int64)]))
@@ -108,7 +110,7 @@ def test_gcn_equals_that_of_torch_geometric() -> None:
 def test_weights_of_the_older_gcn_are_refused() -> None:
     gcn = Propagation(Propagation.Config(name="gcn", hops=1, units=2), 2)
     old = nn.ModuleDict({"propagation": gcn})
-    with pytest.raises(DataError, match="older gcn, which smoothed its bias.*train the model again"):
+    with pytest.raises(DataError, match=r"older gcn, which smoothed its bias.*train the model again"):
         old.load_state_dict({"propagation.layers.0.weight": torch.zeros(2, 2), "propagation.layers.0.bias": torch.zeros(2)})
 
 
@@ -179,14 +181,55 @@ def gradients(model: CatGCN) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["sgc", "gcn"])
-def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any) -> None:
-    """Computed once more, block by block, and with everything kept: the same numbers."""
+def test_blocks_computed_once_more_have_the_gradient_of_those_kept(name: Any) -> None:
+    """With dropout: the random numbers are put back."""
     options: dict[str, Any] = {"propagation": Propagation.Config(name=name, hops=2), "block_nodes": 17}
     loss, expected = gradients(catgcn(recompute=False, **options))
     again, found = gradients(catgcn(recompute=True, **options))
     assert again == loss
     assert found.keys() == expected.keys()
     assert len(found) == len(dict(catgcn(**options).named_parameters()))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgc", "gcn"])
+def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 17 nodes with torch's own dropout, computed once more; and all nodes at once, dropping what those dropped."""
+    options: dict[str, Any] = {"propagation": Propagation.Config(name=name, hops=2, dropout=0.4)}
+    dropout = F.dropout
+    masks: list[Tensor] = []
+    wanted: list[Tensor] = []
+
+    def record(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if p == 0:  # of the embeddings
+            return x
+        masks.append(dropout(torch.ones_like(x), p, training))
+        return x * masks[-1]
+
+    def replay(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * wanted.pop(0) if p else x
+
+    def gradient(model: CatGCN) -> tuple[float, dict[str, Tensor], int]:
+        torch.manual_seed(3)
+        loss = total_loss(model.train()(batch()), batch())
+        drawn = len(masks)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}, drawn
+
+    monkeypatch.setattr(F, "dropout", record)
+    loss, expected, drawn = gradient(catgcn(block_nodes=17, **options))
+    blocks, inside = math.ceil(120 / 17), 2  # the global part, and the hidden layer of the local one
+    after = 1 if name == "gcn" else 0  # between its layers, of all nodes at once
+    assert (drawn, len(masks)) == (blocks * inside + after, 2 * blocks * inside + after)
+    kept = masks[: blocks * inside]
+    wanted += [torch.cat(kept[place::inside]) for place in range(inside)] + masks[blocks * inside : drawn]
+    assert all(0.3 < (mask == 0).double().mean() < 0.5 for mask in wanted)
+    monkeypatch.setattr(F, "dropout", replay)
+    again, found, _ = gradient(catgcn(block_nodes=120, **options))
+    assert not wanted
+    assert again == pytest.approx(loss, abs=1e-12)
+    assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-12)
 
