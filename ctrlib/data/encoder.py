@@ -362,6 +362,21 @@ class Encoder:
             return _scaled(self.numeric[name], array, describe)
         return self._ids(f, array, describe)
 
+    def check_history_column(self, name: str, array: Any, describe: Describe) -> None:
+        """Read one column of a history by itself: its attributes, the times of its behaviours or those of rows.
+
+        Raises:
+            DataError: as :meth:`encode_column`.
+        """
+        if name == self.schema.time:
+            _row_times(array, describe)
+        elif any(f.name == name for f in self.schema.fields):
+            f = self.schema[name]
+            assert isinstance(f, SequenceField)
+            self._sequence(f, array, describe)
+        else:
+            _time_lists(name, array, describe)
+
     def of_histories(self, names: Collection[str]) -> Encoder:
         """An encoder of these sequence fields only, for the histories that they belong to; each has a vocabulary of its own."""
         kept = [replace(f, shares=None) for f in self.schema.fields if f.name in names and isinstance(f, SequenceField)]

@@ -322,6 +322,36 @@ def test_histories_are_guarded_and_cut_as_in_tables() -> None:
         memory.encode(past | {"clicked": [1]}, [{"item": 1}])
 
 
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ({"when": "x"}, ["when"]),
+        ({"when": [1, None, 8, 12]}, ["when"]),
+        ({"when": [1, 5, 8, "y"]}, ["when"]),
+        ({"clicked": "x"}, ["clicked"]),
+        ({"clicked": [[1]]}, ["clicked"]),
+        ({"words": [["a"], "b", [], []]}, ["words"]),
+        ({"now": None}, ["now"]),
+        ({"now": "x", "when": 3, "clicked": 1.5, "words": {}}, ["clicked", "words", "when", "now"]),
+        ({"words": [["a"]]}, ["words"]),  # fewer than behaviours
+        ({"when": [1]}, ["when"]),
+        ({"when": [9, 5, 8, 12]}, ["when"]),  # they fall
+        ({"item": [], "when": "x"}, ["when", "item"]),
+        ({"item": []}, ["item"]),
+    ],
+)
+def test_problems_of_histories_have_a_field(change: dict[str, Any], fields: list[str]) -> None:
+    past: dict[str, Any] = {"clicked": [1, 2, 3, 4], "words": [["a"], [], ["b", "c"], ["a"]], "when": [1, 5, 8, 12], "now": 10}
+    encoder = RequestEncoder(Encoder.fit(HISTORY, [{**past, "item": i % 5, "label": i % 2} for i in range(20)]))
+    context, candidates = past | {k: v for k, v in change.items() if k != "item"}, [{"item": change.get("item", 1)}]
+    with pytest.raises(DataError):
+        encoder.encode(context, candidates)
+    found = encoder.problems(context, candidates)
+    assert sorted(problem.field for problem in found) == sorted(fields)
+    assert all(problem.message for problem in found)
+    assert encoder.problems(past, [{"item": 1}]) == []
+
+
 def test_repeated_rows_by_hand() -> None:
     flat = repeated(Ragged(torch.tensor([5, 6]), torch.tensor([0, 2])), 3)
     assert flat.values.tolist() == [5, 6, 5, 6, 5, 6]
