@@ -754,7 +754,7 @@ def _fit_vocabulary(
 
 
 def _keys(array: Any, kind: Any, describe: Describe) -> Any:
-    """Keys of categories; times are none, since their text has as many digits as the unit of the column, which no value tells."""
+    """Keys of categories. Times are none: how many digits their text has depends on the unit of the column."""
     found = array.type.value_type if isinstance(array, pa.DictionaryArray) else array.type
     if pa.types.is_temporal(found) and not pa.types.is_date(found):
         raise DataError(
