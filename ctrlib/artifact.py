@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from ctrlib.training import Predictions, predict
 _FORMAT = 2  # 1 had no calibration
 _OLDEST = 1
 _BLOCK_ROWS = 8192
+_CALIBRATION = r"calibration-[0-9a-f]{12}\.json"
 _FILES = ("schema.json", "encoder.json", "model.json", "weights.safetensors")
 
 
@@ -168,7 +170,7 @@ def calibrate(path: str | Path, calibrations: Mapping[str, Calibration]) -> None
     info |= {"format": _FORMAT, "calibration": name, "files": {**files, name: digest}}
     write_json(folder / "artifact.json", sealed(info))
     if old is not None and old != name:
-        (folder / old).unlink(missing_ok=True)
+        (folder / old).unlink(missing_ok=True)  # who has read the old artifact.json, and not yet this, reads that again
 
 
 def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
@@ -184,6 +186,16 @@ def load(path: str | Path, table: Table = COMPONENTS) -> Artifact:
         ConfigError: the model uses a component or option that this version does not know.
     """
     folder, info = _open(path)
+    try:
+        return _load(folder, info, table)
+    except DataError:
+        folder, now = _open(path)
+        if now == info:
+            raise
+    return _load(folder, now, table)  # it was calibrated meanwhile
+
+
+def _load(folder: Path, info: Mapping[str, Any], table: Table) -> Artifact:
     for name in {*_FILES, *info["files"], *([info["calibration"]] if "calibration" in info else [])}:
         if not (folder / name).is_file() or sha256(folder / name) != info["files"].get(name):
             raise DataError(f"artifact file {folder / name} is missing or damaged; copy the artifact again")
@@ -225,6 +237,9 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     kinds = {"files": dict, "fields": list, "labels": list}
     if any(not isinstance(info.get(key), kind) for key, kind in kinds.items()) or (found >= 2 and info != sealed(info)):
         raise DataError(f"artifact file {file} is damaged or was changed; copy the artifact again")
+    name = info.get("calibration")
+    if name is not None and not (isinstance(name, str) and re.fullmatch(_CALIBRATION, name)):
+        raise DataError(f"artifact file {file} names {name!r:.80} as its calibration, which is none: copy the artifact again")
     return folder, info
 
 

@@ -200,11 +200,14 @@ def verify(
         probability; with one label column in the data, ``auc`` and ``auc_change``.
 
     Raises:
-        DataError: the rows cannot be read.
+        DataError: the rows cannot be read, or there are none.
         ConfigError: the model is one of nodes.
     """
     artifact.require_rows("verify")
     table = open_source(data)
+    if table.num_rows == 0 or (rows is not None and rows < 1):
+        wanted = "" if rows is None or rows >= 1 else f", of which {rows} are wanted"
+        raise DataError(f"{table.name} has {table.num_rows} rows{wanted}; expected at least one to compare scores of")
     if rows is not None and rows < table.num_rows:
         table = table.select(np.arange(table.num_rows) < rows)
     table.require(artifact.schema.inputs, ", which the model reads")

@@ -194,11 +194,14 @@ class Ranker:
         example = sample_request(layout, self.encoder, 0).batch()
         try:
             module, found = hoist(export_model(self.artifact.model, example, self.sequences), side, self.sequences)
+            self._hoisted, self.hoisted = module, found
+            worst = self.check()
+        except DataError:  # of the model itself
+            raise
         except Exception as error:  # of a block of one's own, anything: it is served as it is
-            _log.warning("the context is not computed once: the model cannot be exported (%s)", str(error)[:300])
+            self._hoisted, self.hoisted = None, ()
+            _log.warning("the context is not computed once: the model cannot be rewritten (%s)", str(error)[:300])
             return
-        self._hoisted, self.hoisted = module, found
-        worst = self.check()
         if not worst <= TOLERANCE:
             self._hoisted, self.hoisted = None, ()
             _log.warning("the context is not computed once: probabilities would differ by %.1e; report this, please", worst)

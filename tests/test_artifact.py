@@ -269,7 +269,9 @@ def manifest(*, seal: bool = True, **changes: object) -> Callable[[Path], None]:
         (manifest(seal=False, parameters=3), "artifact.json is damaged or was changed"),
         (manifest(files={}), "is missing or damaged"),
         (manifest(files=[]), "artifact.json is damaged or was changed"),
-        (manifest(calibration="no.json"), "no.json is missing or damaged"),
+        (manifest(calibration="calibration-0123456789ab.json"), "calibration-0123456789ab.json is missing or damaged"),
+        (manifest(calibration="../weights.safetensors"), "names '../weights.safetensors' as its calibration"),
+        (manifest(calibration=["x"]), "names ['x'] as its calibration"),
         (manifest(fields=["city", "user", "price", "age", "genres"]), "are not those of its schema"),
         (rewrite("artifact.json", lambda _: '{"format": 1, ', rehash=False), "artifact.json is missing or damaged"),
         (rewrite("artifact.json", lambda _: "[1]", rehash=False), "holds a list; expected an object"),
@@ -290,6 +292,37 @@ def test_a_damaged_artifact_is_refused(run: Path, tmp_path: Path, damage: Callab
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert str(copy) in str(refused.value) or "model.json" in str(refused.value)
+
+
+def test_calibrating_removes_no_file_of_others(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "artifact", tmp_path / "a")
+    (tmp_path / "victim.txt").write_text("here")
+    manifest(calibration="../victim.txt")(tmp_path / "a")
+    with pytest.raises(DataError, match="as its calibration, which is none"):
+        artifact.calibrate(tmp_path / "a", {"label": Calibration(method="platt", slope=2.0)})
+    assert (tmp_path / "victim.txt").read_text() == "here"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_load_while_it_is_calibrated(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The file that artifact.json named is gone when it is read: the load begins again, once."""
+    shutil.copytree(run / "artifact", tmp_path / "a")
+    artifact.calibrate(tmp_path / "a", {"label": Calibration(method="platt", slope=2.0)})
+    build, calls = artifact.build_model, [0]
+
+    def meanwhile(*given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= times:
+            artifact.calibrate(tmp_path / "a", {"label": Calibration(method="platt", slope=2.0 + calls[0])})
+        return build(*given)
+
+    monkeypatch.setattr(artifact, "build_model", meanwhile)
+    if times == 1:
+        assert artifact.load(tmp_path / "a").calibration[0].slope == 3.0
+    else:
+        with pytest.raises(DataError, match="missing or damaged"):
+            artifact.load(tmp_path / "a")
+    assert calls[0] == 2
 
 
 def test_an_artifact_is_moved_freely(run: Path, loaded: artifact.Artifact, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_every_path_scores_raw_rows_alike(loaded: Artifact, written: Path) -> No
     assert weights < 2 * sum(p.numel() * 4 for p in loaded.model.parameters()) + 4096  # each weight once
 
 
+def test_no_rows_to_verify(loaded: Artifact) -> None:
+    with pytest.raises(DataError, match="the table has 0 rows; expected at least one"):
+        verify(loaded, ROWS.slice(0, 0), {})
+    with pytest.raises(DataError, match="has 120 rows, of which 0 are wanted"):
+        verify(loaded, ROWS, {}, rows=0)
+
+
 @pytest.mark.parametrize("rows", ["bfloat16", "int8"])
 def test_small_rows(loaded: Artifact, tmp_path: Path, rows: str) -> None:
     expected = loaded.predict(ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ctrlib.batch import Batch, Output, Ragged
+from ctrlib.config import ConfigError
 from ctrlib.hoisting import Hoisted, Side, export_model, hoist
 from ctrlib.models.ctr import ModelComponent
 from ctrlib.models.presets import PRESETS
@@ -111,6 +113,70 @@ class Strange(nn.Module):
         x_BFD = self.inner.embedding(batch)
         x_BFD = torch.cumsum(x_BFD * 2, dim=1) + torch.flip(x_BFD, (1,))
         return Output((x_BFD.sort(1).values.relu() @ x_BFD.mT).amax((1, 2)) + torch.logsumexp(x_BFD.flatten(1), 1))
+
+
+class Own(nn.Module):
+    """An operation on the tokens."""
+
+    def __init__(self, do: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = model("dnn", "paper")
+        self.do = do
+
+    def forward(self, batch: Batch) -> Output:
+        return Output(self.do(self.inner.embedding(batch)).square().flatten(1).sum(1))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0, 0, 1, 1, 2, 2, 2],  # places of both sides
+        [0, 1, 2, 3, 0, 1, 2],
+        [2, 0, 2, 1, 3, 0, 3],  # as far as the sides go, none
+        [2, 0, 1, 1, 0, 0, 0],
+    ],
+)
+def test_adding_by_index(places: list[int]) -> None:
+    def add(x_BFD: Tensor) -> Tensor:
+        return x_BFD.new_zeros(x_BFD.shape[0], 4, x_BFD.shape[2]).index_add(1, torch.tensor(places), x_BFD)
+
+    m = Own(add).double().requires_grad_(False).eval()
+    program, _ = hoisted(m)
+    for count, seed in ((6, 0), (1, 1)):
+        expected, shown = both(m, program, count, seed)
+        torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
+
+
+def to_a_view(x_BFD: Tensor) -> Tensor:
+    y_BFD = x_BFD.clone()
+    y_BFD[:, :3].mul_(2)
+    return y_BFD
+
+
+def with_a_view(x_BFD: Tensor) -> Tensor:
+    y_BFD = x_BFD.clone()
+    part_BFD = y_BFD[:, :3]
+    y_BFD.add_(1)
+    return part_BFD
+
+
+def to_a_place(x_BFD: Tensor) -> Tensor:
+    y_BFD = x_BFD.clone()
+    y_BFD[:, 0] = 0
+    return y_BFD
+
+
+@pytest.mark.parametrize("do", [to_a_view, with_a_view, to_a_place])
+def test_writes_to_views_are_refused(do: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ConfigError, match="writes in place to a view"):
+        hoisted(Own(do).double().requires_grad_(False).eval())
+
+
+@pytest.mark.parametrize("do", [lambda x: (x * 2).add_(1), lambda x: torch.relu_(x * 2) + x])
+def test_other_writes_in_place(do: Callable[[Tensor], Tensor]) -> None:
+    m = Own(do).double().requires_grad_(False).eval()
+    expected, shown = both(m, hoisted(m)[0], 6, 0)
+    torch.testing.assert_close(shown, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_operations_without_a_rule_read_the_joined_pieces() -> None:

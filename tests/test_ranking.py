@@ -19,6 +19,7 @@ from ctrlib import artifact, ranking
 from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError, override
 from ctrlib.data.encoder import Encoder
+from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.ranking import Ranker
@@ -190,6 +191,32 @@ def test_a_graph_that_gives_no_numbers_is_not_used(
     assert ranker.hoisted == ()
     assert "the context is not computed once" in caplog.text
     assert np.isfinite(ranker.score(*requests(1, 3)[0])).all()
+
+
+def test_modalities_of_both_sides(tmp_path: Path) -> None:
+    """Modalities across both sides."""
+    encoder = Encoder.fit(SIDES, clicks(500, 0))
+    modalities = {"who": ("user", "age"), "both": ("genres", "city")}
+    fusion = AdaptiveFusion.Config(modalities=modalities, field_gates=False)
+    config = replace(shrunk(preset("dnn")), interaction=fusion)  # type: ignore[call-arg]
+    artifact.save(tmp_path / "a", encoder, awake(build_model(config, encoder.layout)).eval(), config)
+    request = requests(1, 4)[0]
+    shown = Ranker.load(tmp_path / "a").score(*request)
+    np.testing.assert_allclose(shown, offline(artifact.load(tmp_path / "a"), request), rtol=0, atol=1e-6)
+
+
+def test_a_graph_that_does_not_run_is_not_used(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("sizes do not fit")
+
+    monkeypatch.setattr(ranking, "hoist", lambda *given: (Broken(), ()))
+    with caplog.at_level(logging.WARNING, logger="ctrlib"):
+        ranker = Ranker.load(saved)
+    assert "the context is not computed once: the model cannot be rewritten (sizes do not fit)" in caplog.text
+    assert ranker.score(*requests(1, 3)[0]).shape == (3,)
 
 
 SCRIPT = """

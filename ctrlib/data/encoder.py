@@ -353,6 +353,21 @@ class Encoder:
             return _scaled(self.numeric[name], array, describe)
         return self._ids(f, array, describe)
 
+    def check_history_column(self, name: str, array: Any, describe: Describe) -> None:
+        """Read one column of a history by itself: its attributes, the times of its behaviours or those of rows.
+
+        Raises:
+            DataError: as :meth:`encode_column`.
+        """
+        if name == self.schema.time:
+            _row_times(array, describe)
+        elif any(f.name == name for f in self.schema.fields):
+            f = self.schema[name]
+            assert isinstance(f, SequenceField)
+            self._sequence(f, array, describe)
+        else:
+            _time_lists(name, array, describe)
+
     def of_histories(self, names: Collection[str]) -> Encoder:
         """An encoder of these sequence fields only, for the histories that they belong to; each has a vocabulary of its own."""
         kept = [replace(f, shares=None) for f in self.schema.fields if f.name in names and isinstance(f, SequenceField)]
@@ -769,7 +784,7 @@ def _fit_vocabulary(
 
 
 def _keys(array: Any, kind: Any, describe: Describe) -> Any:
-    """Keys of categories; times are none: their text has as many digits as the unit of the column, which no value tells."""
+    """Keys of categories. Times are none: how many digits their text has depends on the unit of the column."""
     found = array.type.value_type if isinstance(array, pa.DictionaryArray) else array.type
     if pa.types.is_temporal(found) and not pa.types.is_date(found):
         raise DataError(

@@ -151,15 +151,20 @@ class RequestEncoder:
     def problems(self, context: Mapping[str, object], candidates: Sequence[Mapping[str, object]]) -> list[Problem]:
         """What is wrong with a request, field by field: of each one the first value that cannot be."""
         found: list[Problem] = []
+        columns: dict[str, list[object]] = {}
         for side, names, rows, row in (
             (self._contexts, self.context_inputs, [context], _the_context),
             (self._candidates, self.candidate_inputs, candidates, _numbered),
         ):
+            columns = {name: values * len(rows) for name, values in columns.items()}  # those of the context, in every row
             for name in names:
                 try:
-                    side.check(name, [_given(r, name, names, row(at)) for at, r in enumerate(rows)], row)
+                    columns[name] = [_given(r, name, names, row(at)) for at, r in enumerate(rows)]
+                    side.check(name, columns[name], row)
                 except DataError as error:
                     found.append(Problem(name, str(error)))
+            if not {problem.field for problem in found}.intersection(side.histories_read):
+                found += side.history_problems(columns, len(rows))
         return found
 
     def _columns(self, candidates: object) -> dict[str, Any]:
@@ -261,7 +266,7 @@ class _Side:
         return Encoded(sparse, dense, sequences)
 
     def check(self, name: str, values: Sequence[object], row: Place) -> None:
-        """Encode one column; columns of histories are checked together only.
+        """Encode one column by itself; :meth:`history_problems` checks how those of a history go together.
 
         Raises:
             DataError: a value cannot be what its field says.
@@ -277,6 +282,23 @@ class _Side:
             if f.name == name:
                 assert isinstance(f, SequenceField)
                 _sequence(f, memory, values, place)
+        if self._history_encoder is not None and name in self.histories_read and values:
+            try:
+                self._history_encoder.check_history_column(name, as_array(values), place)
+            except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
+                raise DataError(f"{place(0)}: the values mix kinds or cannot be read ({error!s:.200})") from error
+
+    def history_problems(self, columns: Columns, count: int) -> list[Problem]:
+        """What is wrong with the columns of histories together, each of which can be read."""
+        if self._history_encoder is None:
+            return []
+        try:
+            self._histories(columns, count)
+        except DataError as error:
+            text = str(error)
+            at = {text.find(f"column {name!r}"): name for name in self.histories_read}  # the first one named is the wrong one
+            return [Problem(at.get(min((i for i in at if i >= 0), default=-1), ""), text)]
+        return []
 
     def _histories(self, columns: Columns, count: int, row: Place) -> dict[str, Ragged]:
         assert self._history_encoder is not None

@@ -39,6 +39,6 @@ def hoist(
         was hoisted, one entry for every matrix product.
 
     Raises:
-        ConfigError: the program has an operation that cannot be rewritten.
+        ConfigError: the program has an operation that cannot be rewritten, or writes to a view of another value.
     """
     return Rewriter(program, side, sequences, rewrite).run()

@@ -235,7 +235,17 @@ class Rewriter:
 
     # One operation.
 
+    def _check_writes(self, node: fx.Node) -> None:
+        """Refuse an operation that writes to memory of which another value is a view: pieces would not see it."""
+        for argument, written in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(written, fx.Node):
+                continue
+            if _is_view(written) or any(_is_view(user) for user in written.users):
+                raise ConfigError(f"the model writes in place to a view ({node.target}); use the operation that does not")
+
     def _call(self, node: fx.Node) -> Value:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            self._check_writes(node)
         used = [self.values[n] for n in node.all_input_nodes]
         if all(isinstance(value, Static) for value in used):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast(Static, self.values[n]).value)
@@ -291,6 +301,14 @@ class Rewriter:
         if not all(isinstance(size, int) for size in value.shape[1:]):
             raise NoRuleError
         return [-1, *value.shape[1:]]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value shares the memory of what it was made of, without being all of it, written in place."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    aliases = [found.alias_info for found in node.target._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _result(module: fx.GraphModule) -> fx.Node:

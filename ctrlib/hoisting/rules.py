@@ -417,8 +417,11 @@ def _index_add(r: Rewriter, node: fx.Node) -> Value:
     else:
         raise NoRuleError
     theirs = {places[i] for i in range(len(places)) if i not in set(ours)}
+    mine = {places[i] for i in ours}
+    if mine & theirs:  # such a place is of both
+        raise NoRuleError
     if isinstance(base, Parts):
-        if theirs & set(base.here) or base.axis != dim or {places[i] for i in ours} & set(base.there):
+        if theirs & set(base.here) or base.axis != dim or mine & set(base.there):
             raise NoRuleError
         here = base.here
     else:

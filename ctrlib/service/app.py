@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ctrlib.config import ConfigError
-from ctrlib.schema import DataError, suggest
+from ctrlib.schema import suggest
 from ctrlib.service.engine import BusyError, Engine, Limits, RequestError, Serving
 from ctrlib.service.pages import PAGE, example, openapi
 
@@ -216,7 +216,7 @@ async def _reload(engine: Engine, request: Request) -> Response:
         raise _RefusedError(403, "a reload is taken from this machine only")
     try:
         return JSONResponse({"model": await engine.reload()})
-    except (DataError, ConfigError, OSError) as error:
+    except Exception as error:  # of a block of one's own, anything; the engine has logged it
         raise _RefusedError(409, f"the model before goes on: {error}") from error
 
 

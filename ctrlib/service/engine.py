@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ctrlib.config import ConfigError, positive
+from ctrlib.config import positive
 from ctrlib.data.requests import Problem, Request
 from ctrlib.ranking import TOLERANCE, Ranker
 from ctrlib.schema import DataError
@@ -160,7 +160,7 @@ class Engine:
         """Serve a second copy of the model, which computes the context once. (A model cannot be exported while it scores.)"""
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._loader, self._load)
-        except (DataError, ConfigError, OSError, RuntimeError) as error:
+        except Exception as error:  # of a block of one's own, anything
             _log.warning("the context is computed for every candidate: %s", error)
             return
         if found.version == self.serving.version:

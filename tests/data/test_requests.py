@@ -212,7 +212,7 @@ def test_times_are_no_categories(encoder: Encoder, kind: Any) -> None:
         table = pa.table({"at": column, "item": [1, 2, 1], label[0]: label[1]})
         with pytest.raises(DataError, match=r"column 'at'.*row 1: the column holds .*which is no category; derive"):
             Encoder.fit(schema, table).transform(table)
-    with pytest.raises(DataError, match="candidate 1, field 'city': .*is no category"):
+    with pytest.raises(DataError, match=r"candidate 1, field 'city': .*is no category"):
         RequestEncoder(encoder).encode(PLAIN, [CANDIDATE | {"city": plain[0].as_py()}])
 
 
@@ -361,6 +361,36 @@ def test_times_of_requests_are_of_the_kind_of_training() -> None:
     numbers = RequestEncoder(Encoder.fit(HISTORY, [{**row, "when": [1, 2], "now": 9} for row in rows]))
     with pytest.raises(DataError, match="the context, field 'when': '2024-01-01' is text, but training had numbers"):
         numbers.encode({**past, "when": ["2024-01-01"] * 2, "now": 9}, [{"item": 1}])
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ({"when": "x"}, ["when"]),
+        ({"when": [1, None, 8, 12]}, ["when"]),
+        ({"when": [1, 5, 8, "y"]}, ["when"]),
+        ({"clicked": "x"}, ["clicked"]),
+        ({"clicked": [[1]]}, ["clicked"]),
+        ({"words": [["a"], "b", [], []]}, ["words"]),
+        ({"now": None}, ["now"]),
+        ({"now": "x", "when": 3, "clicked": 1.5, "words": {}}, ["clicked", "words", "when", "now"]),
+        ({"words": [["a"]]}, ["words"]),  # fewer than behaviours
+        ({"when": [1]}, ["when"]),
+        ({"when": [9, 5, 8, 12]}, ["when"]),  # they fall
+        ({"item": [], "when": "x"}, ["when", "item"]),
+        ({"item": []}, ["item"]),
+    ],
+)
+def test_problems_of_histories_have_a_field(change: dict[str, Any], fields: list[str]) -> None:
+    past: dict[str, Any] = {"clicked": [1, 2, 3, 4], "words": [["a"], [], ["b", "c"], ["a"]], "when": [1, 5, 8, 12], "now": 10}
+    encoder = RequestEncoder(Encoder.fit(HISTORY, [{**past, "item": i % 5, "label": i % 2} for i in range(20)]))
+    context, candidates = past | {k: v for k, v in change.items() if k != "item"}, [{"item": change.get("item", 1)}]
+    with pytest.raises(DataError):
+        encoder.encode(context, candidates)
+    found = encoder.problems(context, candidates)
+    assert sorted(problem.field for problem in found) == sorted(fields)
+    assert all(problem.message for problem in found)
+    assert encoder.problems(past, [{"item": 1}]) == []
 
 
 def test_repeated_rows_by_hand() -> None:

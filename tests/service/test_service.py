@@ -22,11 +22,16 @@ from starlette.testclient import TestClient
 
 from ctrlib import artifact
 from ctrlib.calibration import Calibration
+from ctrlib.data.encoder import Encoder
+from ctrlib.models.ctr import build_model
+from ctrlib.models.presets import preset
 from ctrlib.ranking import Ranker
 from ctrlib.schema import DataError
 from ctrlib.service import Engine, Limits, create_app
 from ctrlib.service import app as app_module
 from ctrlib.service import engine as engine_module
+from tests.data.test_requests import HISTORY
+from tests.models.small import awake, shrunk
 from tests.test_ranking import offline, requests, save
 
 LIMITS = Limits(body_bytes=20_000, candidates=50)
@@ -45,6 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Iterator[TestClient]:
     with TestClient(create_app(folder / "now", LIMITS)) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def multiplying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that multiplies its numbers, so that large ones overflow."""
+    return save(tmp_path_factory.mktemp("artifacts") / "deepfm", "deepfm")
 
 
 def body(seed: int = 1, count: int = 4) -> dict[str, Any]:
@@ -156,9 +167,11 @@ def test_many_unknown_keys_are_not_all_looked_at(client: TestClient, monkeypatch
     assert [entry["field"] for entry in answer.json()["errors"]] == looked == [f"k{i}" for i in range(16)]
 
 
+KEYS = st.text(max_size=5) | st.just("\ud800")
+ODD: list[Any] = ["g1|g2", "Stadt 1", "\ud800", "a\udfff", 2**63, 2**64, 10**30, -(10**400), 1e20, -1e20, 3e38, 1e300]
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["g1|g2", "Stadt 1", 2**63, 1e300]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=8,
 )
 ROWS = st.fixed_dictionaries({}, optional={"city": VALUES, "price": VALUES, "extra": VALUES})
@@ -176,6 +189,28 @@ BODIES = st.one_of(
 )
 
 
+PAST: dict[str, Any] = {"clicked": [1, 2, 3, 4], "words": [["a"], [], ["b", "c"], ["a"]], "when": [1, 5, 8, 12], "now": 10}
+HISTORIES = st.fixed_dictionaries(
+    {
+        "context": st.fixed_dictionaries({name: st.just(value) | VALUES for name, value in PAST.items()}),
+        "candidates": st.lists(st.fixed_dictionaries({"item": st.integers(0, 6) | VALUES}), max_size=4),
+    },
+    optional={"\ud800": VALUES},
+).map(json.dumps)
+REQUESTS = st.one_of(st.tuples(st.sampled_from(["dnn", "deepfm"]), BODIES), st.tuples(st.just("din"), HISTORIES))
+
+
+@pytest.fixture(scope="module")
+def clients(client: TestClient, multiplying: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, TestClient]]:
+    """Models that add up, that multiply, and that read a history."""
+    encoder = Encoder.fit(HISTORY, [{**PAST, "item": i % 5, "label": i % 2} for i in range(20)])
+    config = shrunk(preset("din"))
+    place = tmp_path_factory.mktemp("artifacts") / "din"
+    artifact.save(place, encoder, awake(build_model(config, encoder.layout)).eval(), config)
+    with TestClient(create_app(multiplying, LIMITS)) as deepfm, TestClient(create_app(place, LIMITS)) as din:
+        yield {"dnn": client, "deepfm": deepfm, "din": din}
+
+
 def fuzz(client: TestClient, content: str | bytes, path: str) -> None:
     answer = client.post(path, content=content)
     assert answer.status_code in (200, 400, 413, 422), (answer.status_code, content)
@@ -190,16 +225,27 @@ COMMON: Any = {"deadline": None, "suppress_health_check": list(HealthCheck), "de
 
 
 @settings(max_examples=100, **COMMON)
-@given(content=BODIES, path=st.sampled_from(["/score", "/rank"]))
-def test_no_body_makes_an_error_of_ours(client: TestClient, content: str | bytes, path: str) -> None:
-    fuzz(client, content, path)
+@given(asked=REQUESTS, path=st.sampled_from(["/score", "/rank"]))
+def test_no_body_makes_an_error_of_ours(clients: dict[str, TestClient], asked: tuple[str, str | bytes], path: str) -> None:
+    fuzz(clients[asked[0]], asked[1], path)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, **COMMON)
-@given(content=BODIES, path=st.sampled_from(["/score", "/rank"]))
-def test_no_body_of_many_makes_an_error_of_ours(client: TestClient, content: str | bytes, path: str) -> None:
-    fuzz(client, content, path)
+@given(asked=REQUESTS, path=st.sampled_from(["/score", "/rank"]))
+def test_no_body_of_many_makes_an_error_of_ours(
+    clients: dict[str, TestClient], asked: tuple[str, str | bytes], path: str
+) -> None:
+    fuzz(clients[asked[0]], asked[1], path)
+
+
+def test_a_history_that_cannot_be_read_is_named_beside_other_fields(clients: dict[str, TestClient]) -> None:
+    wrong = {"context": PAST | {"when": "x", "words": 3}, "candidates": [{"item": "007"}]}
+    answer = clients["din"].post("/score", json=wrong)
+    assert answer.status_code == 422
+    assert [entry["field"] for entry in answer.json()["errors"]] == ["words", "when", "item"]
+    answer = clients["din"].post("/score", json={"context": PAST | {"clicked": [1]}, "candidates": [{"item": 1}]})
+    assert [entry["field"] for entry in answer.json()["errors"]] == ["words"]
 
 
 def test_requests_that_come_together_get_their_own_answers(folder: Path) -> None:
@@ -283,7 +329,7 @@ def test_a_swap_drops_and_mixes_nothing(folder: Path) -> None:
         np.testing.assert_allclose(shown, expected[version][at], rtol=0, atol=1e-6)
 
 
-def test_reload_over_http(client: TestClient, folder: Path) -> None:
+def test_reload_over_http(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = client.get("/healthz").json()["model"]
     damaged = folder / "damaged"
     damaged.symlink_to(folder / "nowhere")
@@ -294,14 +340,17 @@ def test_reload_over_http(client: TestClient, folder: Path) -> None:
     assert client.post("/score", json=body()).json()["model"] == before
     damaged.symlink_to(folder / "first")
     damaged.replace(folder / "now")
+    with monkeypatch.context() as patch:
+
+        def broken(*given: Any, **options: Any) -> Ranker:
+            raise KeyError("of a block of one's own")
+
+        patch.setattr(Ranker, "load", broken)
+        answer = client.post("/reload")
+    assert answer.status_code == 409
+    assert client.post("/score", json=body()).json()["model"] == before
     assert client.post("/reload").json()["model"] == before
     assert "ctrlib_reloads_total 1" in client.get("/metrics").text
-
-
-@pytest.fixture(scope="module")
-def multiplying(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that multiplies its numbers, so that large ones overflow."""
-    return save(tmp_path_factory.mktemp("artifacts") / "deepfm", "deepfm")
 
 
 def test_a_number_that_overflows_in_the_model_is_refused(multiplying: Path) -> None:
