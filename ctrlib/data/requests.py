@@ -164,7 +164,7 @@ class RequestEncoder:
                 except DataError as error:
                     found.append(Problem(name, str(error)))
             if not {problem.field for problem in found}.intersection(side.histories_read):
-                found += side.history_problems(columns, len(rows))
+                found += side.history_problems(columns, len(rows), row)
         return found
 
     def _columns(self, candidates: object) -> dict[str, Any]:
@@ -185,8 +185,8 @@ class RequestEncoder:
         table.require(wanted, ", which the model reads of candidates")
         if not wanted:
             return {"": [None] * table.num_rows}
-        columns = {name: table.column(name) for name in wanted}
-        return {name: c if name in self._candidates.scalars else c.to_pylist() for name, c in columns.items()}
+        arrays = {name: table.column(name) for name in wanted}
+        return {name: a if name in self._candidates.scalars else a.to_pylist() for name, a in arrays.items()}
 
     def _fill_crosses(self, above: Ids, below: Ids) -> None:
         """Ids of crosses, once those of the crossed fields are there."""
@@ -283,22 +283,29 @@ class _Side:
                 assert isinstance(f, SequenceField)
                 _sequence(f, memory, values, place)
         if self._history_encoder is not None and name in self.histories_read and values:
+            values = self._as_times(name, values, row)
             try:
                 self._history_encoder.check_history_column(name, as_array(values), place)
             except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
                 raise DataError(f"{place(0)}: the values mix kinds or cannot be read ({error!s:.200})") from error
 
-    def history_problems(self, columns: Columns, count: int) -> list[Problem]:
+    def history_problems(self, columns: Columns, count: int, row: Place) -> list[Problem]:
         """What is wrong with the columns of histories together, each of which can be read."""
         if self._history_encoder is None:
             return []
         try:
-            self._histories(columns, count)
+            self._histories(columns, count, row)
         except DataError as error:
             text = str(error)
             at = {text.find(f"column {name!r}"): name for name in self.histories_read}  # the first one named is the wrong one
             return [Problem(at.get(min((i for i in at if i >= 0), default=-1), ""), text)]
         return []
+
+    def _as_times(self, name: str, values: Sequence[object], row: Place) -> Sequence[object]:
+        """The values; where training had timestamps, text is read as such."""
+        if name not in self._times:
+            return values
+        return [_time(value, self._times[name], partial(_place, name, row, at)) for at, value in enumerate(values)]
 
     def _histories(self, columns: Columns, count: int, row: Place) -> dict[str, Ragged]:
         assert self._history_encoder is not None
@@ -306,9 +313,7 @@ class _Side:
             nothing, start = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
             nested = {c.name for c in self._history_encoder.layout.sequences if c.nested}
             return {name: Ragged(nothing, start, start if name in nested else None) for name in self._behaviours}
-        rows = {name: columns[name] for name in self._history_encoder.schema.inputs}
-        for name, clock in self._times.items():
-            rows[name] = [_time(value, clock, partial(_place, name, row, at)) for at, value in enumerate(rows[name])]
+        rows = {name: self._as_times(name, columns[name], row) for name in self._history_encoder.schema.inputs}
         try:
             batch = self._history_encoder.transform(open_source(rows, self._name))
         except (pa.ArrowException, UnicodeError, OverflowError) as error:

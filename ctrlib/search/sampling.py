@@ -141,8 +141,8 @@ class HedgedSampler(optuna.samplers.BaseSampler):
             raise self._error
         if param_name not in self._chosen:
             raise ConfigError(
-                f"the space asks for {param_name!r}, which it did not when the settings were drawn; expected a space that depends "
-                "on nothing but the trial"
+                f"the space asks for {param_name!r}, which it did not when the settings were drawn; expected a space that "
+                "depends on nothing but the trial"
             )
         return self._chosen[param_name]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,18 @@ from ctrlib.memory import table_memory
 from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import OOV_ID, BatchLayout, DataError, Schema, SequenceField, SparseField
 from ctrlib.search.combinations import CombinationTally
-from ctrlib.search.screening import OutRankConfig, Tally, columns, dense_codes, label_column, permuted, quantile_bins, relevance
+from ctrlib.search.screening import (
+    OutRankConfig,
+    Tally,
+    coded_relevance,
+    columns,
+    dense_codes,
+    label_column,
+    list_codes,
+    permuted,
+    quantile_bins,
+    too_short,
+)
 
 _log = logging.getLogger("ctrlib")
 Ints = npt.NDArray[np.int64]
@@ -38,6 +49,7 @@ _FREQUENT = 20  # rows of a value, from which its share is compared
 _SAMPLE = 2**17  # rows in which copies are looked for, and drift
 _MIN_COUNTS = (1, 2, 5, 10)
 _SMOOTHING = 10.0  # rows' worth of the overall rate
+_REPEATED = 10  # values that are there more than once, from which names of values may differ between copies
 _SHOWN = 15  # combinations
 
 
@@ -144,10 +156,12 @@ def _screen(store: Store, config: ScreenConfig, seed: int) -> dict[str, Any]:
     for batch in Loader(split, config.block_rows, rows=some, shuffle=True, seed=seed):  # the file may be sorted
         assert batch.labels is not None
         y_N = dense_codes(batch.labels[:, column].numpy())
-        tally.add(layout, batch, y_N, rng)
         coverage.add(batch)
-        codes = _codes(layout, batch)
         labels.append(batch.labels[:, column].numpy().astype(np.int64))
+        if tally.blocks and too_short(len(batch), config.block_rows):
+            continue  # its rows count, but not its scores, in a median over blocks
+        tally.add(layout, batch, y_N, rng)
+        codes = _codes(layout, batch)
         for name in plain:
             surrogate[name].append(surrogate_score(codes[name], labels[-1]))
         if together is not None:
@@ -239,9 +253,14 @@ class _Coverage:
 
     def __init__(self, store: Store) -> None:
         self._store, self._rows = store, 0
+        self._lists = {c.name for c in store.encoder.layout.sequences}
         self._missing: dict[str, int] = dict.fromkeys(store.encoder.layout.names, 0)
-        self._counts: dict[str, Ints] = {c.name: np.zeros(c.vocab_size, dtype=np.int64) for c in store.encoder.layout.sparse}
-        self._range: dict[str, tuple[float, float]] = {}
+        layout = store.encoder.layout
+        sizes = {c.name: c.vocab_size for c in layout.sparse} | {c.name: c.vocab_size for c in layout.sequences}
+        self._counts: dict[str, Ints] = {name: np.zeros(size, dtype=np.int64) for name, size in sizes.items()}
+        # of a number: one that is the most frequent of the first block, and how often it is there. What is nearly constant
+        # is found so, without counting all numbers
+        self._usual: dict[str, tuple[float, int]] = {}
 
     def add(self, batch: Batch) -> None:
         layout, vocabularies = self._store.encoder.layout, self._store.encoder.vocabularies
@@ -257,22 +276,28 @@ class _Coverage:
             gone = np.isnan(x_N)
             self._missing[d.name] += int(gone.sum())
             if not gone.all():
-                low, high = self._range.get(d.name, (np.inf, -np.inf))
-                self._range[d.name] = min(low, float(np.nanmin(x_N))), max(high, float(np.nanmax(x_N)))
+                if d.name not in self._usual:
+                    values, counts = np.unique(x_N[~gone], return_counts=True)
+                    self._usual[d.name] = float(values[counts.argmax()]), 0
+                usual, count = self._usual[d.name]
+                self._usual[d.name] = usual, count + int((x_N == usual).sum())
         for s in layout.sequences:
-            self._missing[s.name] += int((batch.sequences[s.name].flat.offsets.diff() == 0).sum())
+            ragged = batch.sequences[s.name].flat
+            self._missing[s.name] += int((ragged.offsets.diff() == 0).sum())
+            self._counts[s.name] += np.bincount(ragged.values.numpy(), minlength=s.vocab_size)
 
     def of(self, name: str) -> dict[str, Any]:
-        share, cardinality = 0.0, None
+        missing, cardinality = self._missing[name], None
         if name in self._counts:
             counts = self._counts[name]
-            share, cardinality = float(counts.max() / self._rows), int((counts > 0).sum())
-        elif name in self._range or self._missing[name] == self._rows:
-            low, high = self._range.get(name, (0.0, 0.0))
-            share = float(low == high and self._missing[name] in (0, self._rows))
+            cardinality = int((counts > 0).sum())
+            if name in self._lists:  # every value is one observation, and so is that there is none
+                share = max(int(counts.max()), missing) / (int(counts.sum()) + missing)
+            else:
+                share = int(counts.max()) / self._rows
         else:
-            cardinality = self._store.encoder.vocabularies[_table(self._store, name)].size
-        return {"cardinality": cardinality, "coverage": 1 - self._missing[name] / self._rows, "most_frequent": share}
+            share = max(self._usual.get(name, (0.0, 0))[1], missing) / self._rows
+        return {"cardinality": cardinality, "coverage": 1 - missing / self._rows, "most_frequent": share}
 
 
 def _table(store: Store, name: str) -> str:
@@ -280,7 +305,11 @@ def _table(store: Store, name: str) -> str:
 
 
 def _copies(store: Store, rng: np.random.Generator) -> dict[str, str]:
-    """Fields that say the same as an earlier one, value by value; by name, which."""
+    """Fields that say the same as an earlier one, value by value; by name, which.
+
+    Values may have other names in the copy, as long as most values are there more than once; else any two fields of which every
+    row has a value of its own would be copies. Of those, the order of the values must be the same.
+    """
     layout, split = store.encoder.layout, store.split("train")
     some = np.sort(rng.choice(split.num_rows, min(_SAMPLE, split.num_rows), replace=False))
     batch = next(iter(Loader(split, len(some), rows=torch.from_numpy(some))))
@@ -289,12 +318,15 @@ def _copies(store: Store, rng: np.random.Generator) -> dict[str, str]:
     numbers = {c.name: batch.dense[:, i].numpy() for i, c in enumerate(layout.dense)}
     ids = {c.name: batch.sparse[:, i].numpy() for i, c in enumerate(layout.sparse)}
     for name, values in {**ids, **numbers}.items():
-        _, first, codes = np.unique(values, return_index=True, return_inverse=True)
+        _, first, codes, counts = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
         if len(first) < 2:
             continue
-        order = np.empty(len(first), dtype=np.int64)  # in order of appearance, whatever the values are called
-        order[np.argsort(first)] = np.arange(len(first))
-        key = order[codes].tobytes()
+        repeated = int((counts > 1).sum())
+        if repeated >= min(_REPEATED, len(first) - repeated):
+            order = np.empty(len(first), dtype=np.int64)  # in order of appearance, whatever the values are called
+            order[np.argsort(first)] = np.arange(len(first))
+            codes = order[codes]
+        key = codes.tobytes()
         if key in seen:
             found[name] = seen[key]
         else:
@@ -313,22 +345,38 @@ def _drift(store: Store, rng: np.random.Generator) -> dict[str, dict[str, float]
     for name in ("train", "valid"):
         rows = torch.from_numpy(np.sort(rng.choice(store.rows[name], count, replace=False)))
         parts.append(next(iter(Loader(store.split(name), count, rows=rows))))
-    which = np.repeat([0, 1], count)
+    which_N = np.repeat([0, 1], count)
+    twins_RN = permuted(which_N, OutRankConfig().permutations, rng)
     found = {name: {"drift": 0.0, "unseen": 0.0} for name in layout.names}
-    groups: Sequence[tuple[Any, str]] = ((layout.sparse, "sparse"), (layout.dense, "dense"))
-    for group, part in groups:
-        for i, c in enumerate(group):
-            both = [getattr(batch, part)[:, i].numpy() for batch in parts]
-            if part == "dense":
-                codes = quantile_bins(np.concatenate(both), OutRankConfig().num_bins)
-            else:
-                codes = _frequent(np.concatenate(both))
-                vocabulary = store.encoder.vocabularies.get(c.table)
-                if isinstance(vocabulary, Vocabulary):
-                    found[c.name]["unseen"] = float((both[1] == OOV_ID).mean())
-            told = relevance(codes, which, rng=rng)
-            found[c.name]["drift"] = max(told.score, 0.0) / float(np.log(2)) if told.z > _Z else 0.0
+    for name, codes, row_M in _both(layout, parts):
+        if row_M is None:
+            row_M = np.arange(2 * count)
+        told = coded_relevance(dense_codes(codes), which_N, row_M, "permute", twins_RN)
+        found[name]["drift"] = max(told.score, 0.0) / float(np.log(2)) if told.z > _Z else 0.0
+    for name, ids in _ids(layout, parts[1]):
+        if isinstance(store.encoder.vocabularies.get(_table(store, name)), Vocabulary) and len(ids):
+            found[name]["unseen"] = float((ids == OOV_ID).mean())
     return found
+
+
+def _both(layout: BatchLayout, parts: Sequence[Batch]) -> Iterator[tuple[str, Ints, Ints | None]]:
+    """As :func:`~ctrlib.search.screening.columns`, of training and validation rows one after the other."""
+    for i, sparse in enumerate(layout.sparse):
+        yield sparse.name, _frequent(np.concatenate([part.sparse[:, i].numpy() for part in parts])), None
+    for i, dense in enumerate(layout.dense):
+        x_N = np.concatenate([part.dense[:, i].numpy() for part in parts])
+        yield dense.name, quantile_bins(x_N, OutRankConfig().num_bins), None
+    for column in layout.sequences:
+        (first, first_row), (second, second_row) = (list_codes(part, column.name) for part in parts)
+        yield column.name, _frequent(np.concatenate([first, second])), np.concatenate([first_row, second_row + len(parts[0])])
+
+
+def _ids(layout: BatchLayout, batch: Batch) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
+    """All ids of each field that has some."""
+    for i, sparse in enumerate(layout.sparse):
+        yield sparse.name, batch.sparse[:, i].numpy()
+    for column in layout.sequences:
+        yield column.name, batch.sequences[column.name].flat.values.numpy()
 
 
 def _frequent(ids_N: Ints) -> Ints:

@@ -215,7 +215,7 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     used = 0
     with track("outrank", len(blocks), "blocks") as tracker:
         for batch in blocks:
-            if used and len(batch) <= min(_PARTIAL_ROWS, config.block_rows - 1):
+            if used and too_short(len(batch), config.block_rows):
                 break
             assert batch.labels is not None
             tally.add(layout, batch, dense_codes(batch.labels[:, column].numpy()), rng)
@@ -254,6 +254,11 @@ def search_outrank(store: Store, config: OutRankConfig, *, seed: int) -> Selecti
     report["seconds"] = time.perf_counter() - started
     _log.info("outrank keeps %d of %d fields", len(kept), len(schema.fields))
     return Selection(method="outrank", encoder_hash=store.encoder.hash, fields=kept, scores=scores, report=report)
+
+
+def too_short(rows: int, block_rows: int) -> bool:
+    """Whether a last block has too few rows to count as much as a full one."""
+    return rows <= min(_PARTIAL_ROWS, block_rows - 1)
 
 
 def label_column(layout: BatchLayout, label: str | None) -> int:
@@ -347,12 +352,17 @@ def columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[
     for i, dense in enumerate(layout.dense):
         yield dense.name, quantile_bins(batch.dense[:, i].numpy(), num_bins), None
     for column in layout.sequences:
-        ragged = batch.sequences[column.name].flat
-        lengths = ragged.offsets.diff().numpy()
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        empty = np.flatnonzero(lengths == 0)  # a value of its own: that there is none may tell something
-        codes = np.concatenate([ragged.values.numpy(), np.zeros(len(empty), dtype=np.int32)])
-        yield column.name, codes, np.concatenate([row, empty])
+        yield column.name, *list_codes(batch, column.name)
+
+
+def list_codes(batch: Batch, name: str) -> tuple[npt.NDArray[np.int32], Ints]:
+    """The values of a sequence, and the row of each. An empty one has a value of its own: that there is none may tell
+    something."""
+    ragged = batch.sequences[name].flat
+    lengths = ragged.offsets.diff().numpy()
+    row, empty = np.repeat(np.arange(len(lengths)), lengths), np.flatnonzero(lengths == 0)
+    codes = np.concatenate([ragged.values.numpy(), np.zeros(len(empty), dtype=np.int32)])
+    return codes, np.concatenate([row, empty])
 
 
 def quantile_bins(x_N: npt.NDArray[np.float32], num_bins: int) -> Ints:

@@ -32,6 +32,7 @@ from ctrlib.search.gates import ClosedGates, GatedModel, ValueGates, Values, emb
 from ctrlib.search.optfs import OptFSConfig, control_weights, search_optfs, ticket
 from ctrlib.search.passes import train_pass
 from ctrlib.search.selection import Selection
+from ctrlib.table import EmbeddingTable
 from ctrlib.training import FitConfig, evaluate, fit, seed_everything
 from tests.clicks import clicks
 from tests.models.small import LAYOUT, awake, make, rows, shrunk
@@ -144,7 +145,7 @@ def test_values_that_are_not_in_the_batch_have_a_gradient() -> None:
     leave the others where they are."""
     gates = ValueGates({"a": 4, "b": 3})
     loss = gates(torch.tensor([1, 3])).sum()
-    (loss + 0.1 * gates.openness()).backward()
+    torch.autograd.backward(loss + 0.1 * gates.openness())
     grad = gates.logits.grad
     assert grad is not None
     assert grad.layout == torch.strided
@@ -160,7 +161,7 @@ def test_the_rate_of_the_tables(own: float | None, rate: float, store: Store) ->
     config = FitConfig(optimizer=OptimizerConfig(embedding="adagrad", learning_rate=0.003, embedding_learning_rate=own))
     assert own is not None or config.optimizer.table_learning_rate > rate
     network, _, optimizer = optfs._set_up(small(), store, OptFSConfig(), config, 64, 0, "cpu")
-    tables = {id(part.rows.weight) for part in embeddings(network)}
+    tables = {id(m.weight) for m in network.modules() if isinstance(m, EmbeddingTable)}
     groups = [g for g in optimizer.param_groups if any(id(p) in tables for p in g["params"])]
     assert groups
     assert all(g["lr"] == rate for g in groups)

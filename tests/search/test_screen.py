@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, prepare
 from ctrlib.memory import table_memory
 from ctrlib.optim import OptimizerConfig
-from ctrlib.schema import DataError, DenseField, Schema, SparseField
+from ctrlib.schema import DataError, DenseField, Schema, SequenceField, SparseField
 from ctrlib.search import screen as screening
 from ctrlib.search.combinations import CombinationTally
 from ctrlib.search.screen import ScreenConfig, screen, surrogate_score, table
@@ -119,6 +120,77 @@ def test_a_number_that_is_mostly_one_value_is_a_leak_and_drifts() -> None:
     # of 24,000 equally likely rows of either split, a fifth of one are known: ln 2 - (1 - .1) H(4/9) nats, of ln 2
     remaining = -0.9 * (4 / 9 * np.log(4 / 9) + 5 / 9 * np.log(5 / 9))
     assert _field(found, "moves")["drift"] == pytest.approx(1 - remaining / np.log(2), abs=0.01)
+
+
+def test_a_short_last_block_does_not_count_as_much_as_a_full_one() -> None:
+    """A leak of rare clicks: forty rows more have hardly any, and a median of the two blocks would be half of the score."""
+    label = (np.arange(2040) % 102 == 0).astype(int)
+    schema = Schema(fields=(SparseField(name="field"),), labels=("label",))
+    few = pa.table({"field": [0], "label": [0]})
+    options = DataOptions(schema=schema, valid=few, test=few)
+    found = screen(pa.table({"field": label, "label": label}), options, config=ScreenConfig(block_rows=2000))
+    p = label.mean()
+    assert found["fields"][0]["score"] == pytest.approx(-p * np.log(p) - (1 - p) * np.log(1 - p), rel=0.1)
+    assert found["rows"] == 2040
+    assert found["fields"][0]["cardinality"] == 2
+
+
+def test_lists_and_numbers_are_looked_at_as_categories_are() -> None:
+    def rows(count: int, seed: int, last: int) -> Any:
+        rng = np.random.default_rng(seed)
+        tags = [rng.integers(0, last, rng.integers(1, 4)).tolist() if i % 4 else [] for i in range(count)]
+        columns = {"tags": tags, "same": [[7]] * count, "few": [[7]] * (count // 2) + [[]] * (count - count // 2)}
+        still = np.where(np.arange(count) % 2000 == 1, rng.normal(size=count), 3.0)
+        label = (rng.random(count) < 0.3).astype(int)
+        return pa.table(
+            {**columns, "still": still, "moving": rng.normal(size=count), "shared": np.arange(count) % 3, "label": label}
+        )
+
+    fields: Any = (
+        SparseField(name="shared"),
+        *(SequenceField(name=name) for name in ("tags", "same", "few")),
+        *(DenseField(name=name) for name in ("still", "moving")),
+    )
+    fields = (fields[0], replace(fields[1], shares="shared"), *fields[2:])
+    options = DataOptions(schema=Schema(fields=fields, labels=("label",)), valid=rows(4000, 1, 12), test=rows(10, 2, 6))
+    found = screen(rows(4000, 0, 6), options)
+    assert [_field(found, name)["cardinality"] for name in ("shared", "tags", "same", "few")] == [3, 6, 1, 1]
+    assert "constant" in _field(found, "same")["flags"]
+    assert _field(found, "few")["most_frequent"] == 0.5
+    assert "almost constant" in _field(found, "still")["flags"]
+    assert _field(found, "still")["most_frequent"] == 0.9995
+    assert _field(found, "moving")["most_frequent"] < 0.01
+    assert _field(found, "tags")["coverage"] == 0.75
+    assert _field(found, "tags")["unseen"] == pytest.approx(0.5, abs=0.02)
+    assert _field(found, "tags")["drift"] > 0.1
+    assert (_field(found, "same")["unseen"], _field(found, "same")["drift"]) == (0, 0)
+
+
+def test_fields_of_a_value_for_every_row_are_copies_only_in_the_same_order() -> None:
+    rng = np.random.default_rng(0)
+    price, other = rng.normal(size=3000), rng.normal(size=3000)
+    gone = np.arange(3000) % 5 == 0
+    columns = {
+        "price": price,
+        "cents": price * 100 + 7,
+        "other": other,
+        "paid": np.where(gone, 0, price),
+        "owed": np.where(gone, 0, other),
+        "id": rng.permutation(3000),
+        "number": rng.permutation(3000),
+        "label": rng.integers(0, 2, 3000),
+    }
+    numbers, ids = ("price", "cents", "other", "paid", "owed"), ("id", "number")
+    fields: Any = (*(DenseField(name=n) for n in numbers), *(SparseField(name=n) for n in ids))
+    options = DataOptions(schema=Schema(fields=fields, labels=("label",)), valid=_few(columns), test=_few(columns))
+    found = screen(pa.table(columns), options)
+    assert {f["name"]: [x for x in f["flags"] if "copy" in x] for f in found["fields"] if "copy" in str(f["flags"])} == {
+        "cents": ["copy of price"]
+    }
+
+
+def _few(columns: dict[str, Any]) -> Any:
+    return pa.table({name: values[:50] for name, values in columns.items()})
 
 
 def _codes(columns: dict[str, Any], y: Any, order: Any, budget: int, blocks: int = 1) -> CombinationTally:

@@ -147,8 +147,8 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path: Path) -> None:
     }
     # H(label) - H(label | day), of rates 1/(1+e^1.4) and 1/(1+e^-0.4), both half of the rows
     p = np.array([label[day % 2 == d].mean() for d in (0, 1)])
-    entropy = lambda q: -(q * np.log(q) + (1 - q) * np.log(1 - q))  # noqa: E731
-    known = entropy(p.mean()) - entropy(p).mean()
+    entropies = [-(q * np.log(q) + (1 - q) * np.log(1 - q)) for q in (p.mean(), p)]
+    known = entropies[0] - entropies[1].mean()
     orders = {"time": np.arange(8000), "label": np.argsort(label, kind="stable"), "shuffled": rng.permutation(8000)}
     for name, order in orders.items():
         data = make(tmp_path / name, {"train": {key: column[order] for key, column in columns.items()}})
