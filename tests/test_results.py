@@ -37,7 +37,12 @@ GATES = {
     "arm_net": 0.9750,
 }
 SLACK = 0.003
-SHORT = {"autoint": pytest.mark.xfail(strict=True, reason="mean test AUC .98039, gate .9810")}
+# AFM's runs may end on the plateau of logistic regression (experiments/frappe/README.md); BARS' figure is the best of 18 runs,
+# whose median is .9602.
+SHORT = {
+    "autoint": pytest.mark.xfail(strict=True, reason="mean test AUC .98039, gate .9810"),
+    "afm": pytest.mark.xfail(strict=True, reason="mean test AUC .95571, published .96973, the best of 18 runs"),
+}
 
 
 @pytest.mark.parametrize(
