@@ -184,8 +184,8 @@ class RequestEncoder:
         table.require(wanted, ", which the model reads of candidates")
         if not wanted:
             return {"": [None] * table.num_rows}
-        columns = {name: table.column(name) for name in wanted}
-        return {name: c if name in self._candidates.scalars else c.to_pylist() for name, c in columns.items()}
+        arrays = {name: table.column(name) for name in wanted}
+        return {name: a if name in self._candidates.scalars else a.to_pylist() for name, a in arrays.items()}
 
     def _fill_crosses(self, above: Ids, below: Ids) -> None:
         """Ids of crosses, once those of the crossed fields are there."""
