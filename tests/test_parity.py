@@ -62,7 +62,8 @@ def prepare(name: str, folder: Path) -> Path:
         }
         rows: Any = [{**past, "item": i % 5, "label": i % 2} for i in range(20)]
         encoder = Encoder.fit(HISTORY, rows)
-        config = override(shrunk(preset(name)), {"history": "h"} if name == "aw_moe" else {}, COMPONENTS)
+        options = {"history": "h", "contrast.weight": "0"} if name == "aw_moe" else {}  # its contrast asks for users
+        config = override(shrunk(preset(name)), options, COMPONENTS)
     else:
         schema: Schema = replace(SIDES, fields=(*SIDES.fields, *CROSSES)) if name.startswith("optinter") else SIDES
         rows = clicks(1500, 0)
@@ -71,8 +72,7 @@ def prepare(name: str, folder: Path) -> Path:
     seed_everything(1)
     model = build_model(config, encoder.layout)
     batches = [block.batch() for block in encoder.encode(rows, block_rows=256)]
-    options = FitConfig(epochs=STEPS // len(batches), optimizer=OptimizerConfig(learning_rate=0.01))
-    fit(model, batches, None, options)
+    fit(model, batches, None, FitConfig(epochs=STEPS // len(batches), optimizer=OptimizerConfig(learning_rate=0.01)))
     artifact.save(folder, encoder, model.eval(), config)
     return folder
 
