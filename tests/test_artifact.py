@@ -308,13 +308,13 @@ def test_a_load_while_it_is_calibrated(run: Path, tmp_path: Path, monkeypatch: p
     """The file that artifact.json named is gone when it is read: the load begins again, once."""
     shutil.copytree(run / "artifact", tmp_path / "a")
     artifact.calibrate(tmp_path / "a", {"label": Calibration(method="platt", slope=2.0)})
-    build, calls = vars(artifact)["build_model"], [0]
+    calls = [0]
 
     def meanwhile(*given: Any) -> Any:
         calls[0] += 1
         if calls[0] <= times:
             artifact.calibrate(tmp_path / "a", {"label": Calibration(method="platt", slope=2.0 + calls[0])})
-        return build(*given)
+        return build_model(*given)
 
     monkeypatch.setattr(artifact, "build_model", meanwhile)
     if times == 1:

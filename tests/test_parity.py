@@ -19,13 +19,16 @@ from ctrlib.config import override
 from ctrlib.data.encoder import Encoder
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS, PRESETS, preset
+from ctrlib.optim import OptimizerConfig
 from ctrlib.schema import CrossField, Schema
+from ctrlib.training import FitConfig, fit, seed_everything
 from tests.clicks import clicks
 from tests.data.test_requests import HISTORY
-from tests.models.small import awake, shrunk
+from tests.models.small import shrunk
 from tests.test_ranking import SCRIPT, SIDES, Request, requests
 
 REQUESTS, CANDIDATES = 100, 100
+STEPS = 12
 CROSSES = tuple(CrossField(name=f"{a}*{b}", of=(a, b)) for a, b in combinations(("user", "city", "age"), 2))
 
 
@@ -48,7 +51,8 @@ def with_histories(count: int, candidates: int) -> list[Request]:
 
 
 def prepare(name: str, folder: Path) -> Path:
-    """An artifact of the preset, with weights that matter."""
+    """An artifact of the preset, with weights of a short training: what is compared is two orders of the same sums, and with
+    random weights of the same size everywhere, logits so large that 32-bit floats themselves differ by more than 1e-6."""
     if PRESETS[name].needs_history:
         past: dict[str, Any] = {
             "clicked": [1, 2, 3, 4],
@@ -56,13 +60,20 @@ def prepare(name: str, folder: Path) -> Path:
             "when": [1, 5, 8, 12],
             "now": 10,
         }
-        encoder = Encoder.fit(HISTORY, [{**past, "item": i % 5, "label": i % 2} for i in range(20)])
-        config = override(shrunk(preset(name)), {"history": "h"} if name == "aw_moe" else {}, COMPONENTS)
+        rows: Any = [{**past, "item": i % 5, "label": i % 2} for i in range(20)]
+        encoder = Encoder.fit(HISTORY, rows)
+        options = {"history": "h", "contrast.weight": "0"} if name == "aw_moe" else {}  # its contrast asks for users
+        config = override(shrunk(preset(name)), options, COMPONENTS)
     else:
         schema: Schema = replace(SIDES, fields=(*SIDES.fields, *CROSSES)) if name.startswith("optinter") else SIDES
-        encoder = Encoder.fit(schema, clicks(1500, 0))
+        rows = clicks(1500, 0)
+        encoder = Encoder.fit(schema, rows)
         config = shrunk(preset(name))
-    artifact.save(folder, encoder, awake(build_model(config, encoder.layout)).eval(), config)
+    seed_everything(1)
+    model = build_model(config, encoder.layout)
+    batches = [block.batch() for block in encoder.encode(rows, block_rows=256)]
+    fit(model, batches, None, FitConfig(epochs=STEPS // len(batches), optimizer=OptimizerConfig(learning_rate=0.01)))
+    artifact.save(folder, encoder, model.eval(), config)
     return folder
 
 

@@ -19,6 +19,7 @@ from ctrlib import artifact, ranking
 from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError, override
 from ctrlib.data.encoder import Encoder
+from ctrlib.hoisting import hoist
 from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS, preset
@@ -169,7 +170,6 @@ def test_a_graph_that_gives_no_numbers_is_not_used(
     saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither where only the first of the check's requests is a number, nor at all."""
-    hoist = vars(ranking)["hoist"]
 
     class NoNumbers(torch.nn.Module):
         def __init__(self, module: torch.nn.Module) -> None:
