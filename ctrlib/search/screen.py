@@ -256,9 +256,8 @@ class _Coverage:
         self._lists = {c.name for c in store.encoder.layout.sequences}
         self._missing: dict[str, int] = dict.fromkeys(store.encoder.layout.names, 0)
         layout = store.encoder.layout
-        self._counts: dict[str, Ints] = {
-            c.name: np.zeros(c.vocab_size, dtype=np.int64) for c in (*layout.sparse, *layout.sequences)
-        }
+        sizes = {c.name: c.vocab_size for c in layout.sparse} | {c.name: c.vocab_size for c in layout.sequences}
+        self._counts: dict[str, Ints] = {name: np.zeros(size, dtype=np.int64) for name, size in sizes.items()}
         # of a number: one that is the most frequent of the first block, and how often it is there. What is nearly constant
         # is found so, without counting all numbers
         self._usual: dict[str, tuple[float, int]] = {}
@@ -371,7 +370,7 @@ def _both(layout: BatchLayout, parts: Sequence[Batch]) -> Iterator[tuple[str, In
         yield column.name, _frequent(np.concatenate([first, second])), np.concatenate([first_row, second_row + len(parts[0])])
 
 
-def _ids(layout: BatchLayout, batch: Batch) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
+def _ids(layout: BatchLayout, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """All ids of each field that has some."""
     for i, sparse in enumerate(layout.sparse):
         yield sparse.name, batch.sparse[:, i].numpy()

@@ -181,7 +181,7 @@ def test_fields_of_a_value_for_every_row_are_copies_only_in_the_same_order() -> 
         "label": rng.integers(0, 2, 3000),
     }
     numbers, ids = ("price", "cents", "other", "paid", "owed"), ("id", "number")
-    fields = (*(DenseField(name=n) for n in numbers), *(SparseField(name=n) for n in ids))
+    fields: Any = (*(DenseField(name=n) for n in numbers), *(SparseField(name=n) for n in ids))
     options = DataOptions(schema=Schema(fields=fields, labels=("label",)), valid=_few(columns), test=_few(columns))
     found = screen(pa.table(columns), options)
     assert {f["name"]: [x for x in f["flags"] if "copy" in x] for f in found["fields"] if "copy" in str(f["flags"])} == {
