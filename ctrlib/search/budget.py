@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Sequence
@@ -81,12 +82,19 @@ class Budget:
         """
         if self.trials is not None and finished >= self.trials:
             return True
-        return self.seconds is not None and finished > 0 and used >= self.seconds - self.finish(whole)
+        return self.seconds is not None and finished > 0 and self.left(used, whole) <= 0
+
+    def left(self, used: float, whole: Sequence[float]) -> float:
+        """Seconds for trials; ``used``, ``whole``: see :meth:`over`."""
+        assert self.seconds is not None
+        return self.seconds - used - self.finish(whole)
 
     def finish(self, whole: Sequence[float]) -> float:
         """Seconds kept for the comparison at the end."""
         assert self.seconds is not None
-        wanted = self.finalists * self.seeds * statistics.median(whole) / self.workers if whole else 0.0
+        if not whole:
+            return _LARGEST_FINISH * self.seconds
+        wanted = self.finalists * self.seeds * statistics.median(whole) / self.workers
         return min(wanted, _LARGEST_FINISH * self.seconds)
 
     def affordable(self, used: float, whole: Sequence[float]) -> int:
@@ -101,11 +109,29 @@ class Budget:
             count += 1
         return count
 
-    def longest_trial(self, first: bool) -> float | None:
-        """Seconds after which a trial is given up; a slow one would leave no time for others, unless it is the ``first``."""
+    def extra(self, used: float, chosen: Sequence[float], front: Sequence[float]) -> int:
+        """How many of the points of the front there is time for beside the best, with one seed each: at least one.
+
+        Args:
+            used: seconds so far.
+            chosen: seconds of each of those that are compared; ``front``: of the points.
+        """
+        if self.seconds is None:
+            return len(front)
+        left = (self.seconds - used) * self.workers - self.seeds * sum(chosen)
+        count = sum(total <= left for total in itertools.accumulate(front))
+        return min(max(count, 1), len(front))
+
+    def longest_trial(self, used: float, whole: Sequence[float]) -> float | None:
+        """Seconds after which a slow trial is given up, as it would leave no time for others.
+
+        Until there is one on all rows, what is left must be enough to train the trial again with all seeds.
+        """
         if self.seconds is None:
             return None
-        return self.seconds * (1 - _LARGEST_FINISH if first else _LARGEST_TRIAL)
+        if not whole:
+            return max(self.seconds - used, 0.0) / (1 + self.seeds / self.workers)
+        return self.seconds * _LARGEST_TRIAL
 
     @property
     def noise(self) -> float | None:

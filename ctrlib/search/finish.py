@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from ctrlib import artifact
 from ctrlib.config import ConfigError
 from ctrlib.data.loader import Loader
 from ctrlib.experiment import train
-from ctrlib.files import discard_unfinished, new_folder, write_json
+from ctrlib.files import WRITER, discard_unfinished, json_text, new_folder, write_json
 from ctrlib.schema import DataError
 from ctrlib.search.leaderboard import write_report
 from ctrlib.search.space import Candidate, Fixed, Space, candidate_of
@@ -27,6 +29,7 @@ from ctrlib.search.trials import Metric, Stores, latency_ms, settled, sign
 from ctrlib.training import TrainingDivergedError, evaluate
 
 _log = logging.getLogger("ctrlib")
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +84,7 @@ def finish(
     Raises:
         ConfigError: no finalist could be trained.
     """
+    folders = {finalist.number: _folder(target / "finish", finalist, str(facts["study"])) for finalist in finalists}
     tasks = [
         _Task(
             finalist=finalist,
@@ -88,7 +92,7 @@ def finish(
             stores=stores,
             metric=metric,
             seed=seed + i,
-            out=target / "finish" / f"trial-{finalist.number}" / f"seed-{seed + i}",
+            out=folders[finalist.number] / f"seed-{seed + i}",
         )
         for finalist in finalists
         for i in range(seeds if finalist.main else 1)
@@ -100,19 +104,38 @@ def finish(
         raise ConfigError(f"none of the {len(finalists)} best settings could be trained again; see {target / 'finish'}")
     best, others = ranked[0], [e for e in entries if not e["main"]]
     front = pareto([*ranked, *others], metric)
-    tested = _tested(target, best, front, finalists, space, stores)
+    tested = _tested(target, best, front, tasks)
     report: dict[str, Any] = {
         **facts,
         "best": best["trial"],
         "artifact": "best",
-        "test": tested[str(best["trial"])],
+        "test": tested[best["trial"]],
         "leaderboard": ranked,
-        "pareto": [{**e, "test": tested[str(e["trial"])]} for e in front],
+        "pareto": [{**e, "test": tested[e["trial"]]} for e in front],
         "runner_up": None if len(ranked) < 2 else _paired(best, ranked[1], metric),
     }
-    _hand_over(target, best, metric)
+    _hand_over(target, folders[best["trial"]], best, metric)
     write_report(report, target)
     return report
+
+
+def _folder(parent: Path, finalist: Finalist, study: str) -> Path:
+    """Where the runs of a finalist are: a folder by the trial's number, which says what it holds.
+
+    The trial of that number of another storage had other settings; its runs stay where they are.
+    """
+    holds = json.loads(json_text({"study": study, "params": dict(finalist.params), "single_epoch": finalist.single_epoch}))
+    again = 0
+    while True:
+        folder = parent / (f"trial-{finalist.number}" + (f"-{again}" if again else ""))
+        path = folder / "settings.json"
+        if not path.is_file():  # new, or of a version that did not write it
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, holds)
+            return folder
+        if json.loads(path.read_text(encoding="utf-8")) == holds:
+            return folder
+        again += 1
 
 
 def _run_all(tasks: Sequence[_Task], workers: int) -> None:
@@ -122,7 +145,9 @@ def _run_all(tasks: Sequence[_Task], workers: int) -> None:
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
-    processes = [context.Process(target=_run_some, args=(left[i::workers], threads)) for i in range(min(workers, len(left)))]
+    processes = [
+        context.Process(target=_run_some, args=(left[i::workers], threads, os.getpid())) for i in range(min(workers, len(left)))
+    ]
     for process in processes:
         process.start()
     try:
@@ -136,11 +161,15 @@ def _run_all(tasks: Sequence[_Task], workers: int) -> None:
     _run_some([t for t in left if not (t.out / "metrics.json").is_file() and not _failure(t.out).is_file()])
 
 
-def _run_some(tasks: Sequence[_Task], threads: int | None = None) -> None:
+def _run_some(tasks: Sequence[_Task], threads: int | None = None, parent: int | None = None) -> None:
     if threads is not None:  # a process of its own
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         torch.set_num_threads(threads)
     for task in tasks:
+        if parent is not None and os.getppid() != parent:  # nobody waits for it, and the search may be begun anew
+            return
+        if _wait_for_writer(task.out):
+            continue
         candidate = task.finalist.candidate(task.space)
         run = settled(candidate.run, task.metric, task.finalist.single_epoch)
         discard_unfinished(task.out)
@@ -156,6 +185,23 @@ def _run_some(tasks: Sequence[_Task], threads: int | None = None) -> None:
         if report["interrupted"]:
             shutil.rmtree(task.out)
             raise KeyboardInterrupt
+
+
+def _wait_for_writer(out: Path) -> bool:
+    """Wait for the process of a search that was killed, if it is still at work on a run; whether it finished the run."""
+    part = out.with_name(out.name + ".part")
+    said = False
+    while True:
+        with suppress(FileNotFoundError):  # the writer came to its end just now
+            discard_unfinished(out)
+        if not (part / WRITER).is_file():
+            if part.exists():  # the writer is between its last two steps
+                time.sleep(_POLL_SECONDS)
+            return (out / "metrics.json").is_file()
+        if not said:
+            _log.info("another process is at work on %s; waiting for its end", out)
+            said = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _failure(out: Path) -> Path:
@@ -208,29 +254,30 @@ def pareto(entries: Sequence[Mapping[str, Any]], metric: Metric) -> list[dict[st
 
 
 def _tested(
-    target: Path,
-    best: Mapping[str, Any],
-    front: Sequence[Mapping[str, Any]],
-    finalists: Sequence[Finalist],
-    space: Space,
-    stores: Stores,
-) -> dict[str, Any]:
-    """Metrics of the test rows, of the best and of every point of the front, by trial: read here, once."""
+    target: Path, best: Mapping[str, Any], front: Sequence[Mapping[str, Any]], tasks: Sequence[_Task]
+) -> dict[int, dict[str, Any]]:
+    """Metrics of the test rows, of the best and of every point of the front, by trial: read here, once.
+
+    ``test.json`` keeps them by folder and seeds.
+    """
     path = target / "test.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    by_number = {f.number: f for f in finalists}
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {}
     for entry in [best, *front]:
-        key = str(entry["trial"])
-        if key in found:
-            continue
-        store = stores.of(by_number[entry["trial"]].candidate(space))
-        folder = target / "finish" / f"trial-{key}"
-        runs = []
-        for seed in entry["by_seed"]:
-            model = artifact.load(folder / f"seed-{seed}").model
-            runs.append(evaluate(model, Loader(store.split("test"), 8192), label_names=store.encoder.schema.labels))
-        found[key] = {m: _mean_std([run[m] for run in runs]) for m in ("auc", "log_loss")}
-    write_json(path, found)
+        number, seeds = int(entry["trial"]), list(entry["by_seed"])
+        mine = [task for task in tasks if task.finalist.number == number and str(task.seed) in seeds]
+        key = f"{mine[0].out.parent.name}, seeds {', '.join(seeds)}"
+        if key not in kept:
+            store = mine[0].stores.of(mine[0].finalist.candidate(mine[0].space))
+            runs = [
+                evaluate(
+                    artifact.load(task.out).model, Loader(store.split("test"), 8192), label_names=store.encoder.schema.labels
+                )
+                for task in mine
+            ]
+            kept[key] = {m: _mean_std([run[m] for run in runs]) for m in ("auc", "log_loss")}
+        found[number] = kept[key]
+    write_json(path, kept)
     return found
 
 
@@ -241,10 +288,10 @@ def _paired(best: Mapping[str, Any], other: Mapping[str, Any], metric: Metric) -
     return {"trial": other["trial"], "ahead": _mean_std(ahead) if ahead else None, "seeds": len(both)}
 
 
-def _hand_over(target: Path, best: Mapping[str, Any], metric: Metric) -> None:
+def _hand_over(target: Path, folder: Path, best: Mapping[str, Any], metric: Metric) -> None:
     """Copy the artifact of the best seed of the best settings to ``best/``."""
     seed = max(best["by_seed"], key=lambda s: sign(metric) * float(best["by_seed"][s]))
-    source, chosen = target / "finish" / f"trial-{best['trial']}" / f"seed-{seed}" / "artifact", target / "best"
+    source, chosen = folder / f"seed-{seed}" / "artifact", target / "best"
     shutil.rmtree(chosen, ignore_errors=True)
     discard_unfinished(chosen)
     with new_folder(chosen) as part:

@@ -83,6 +83,9 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, Row, list[Row]]]:
     tables: list[tuple[str, Row, list[Row]]] = [("Leaderboard", header, [_row(e) for e in report["leaderboard"]])]
     front = [[*_row(e)[:7], _shown(e["test"]["log_loss"]), e["artifact"]] for e in report["pareto"]]
     tables.append(("Quality, latency, size: no other is better in all", [*header[:7], "test log loss", "artifact"], front))
+    if report["left_out"]:
+        rows = [[str(f["trial"]), f["name"], f"{f['search']:.5f}"] for f in report["left_out"]]
+        tables.append(("On the front by their trials, but no time to train again", ["trial", "model", report["metric"]], rows))
     if report["importance"]:
         rows = [[name, f"{share:.3f}"] for name, share in report["importance"].items()]
         tables.append(("Importance of parameters (PED-ANOVA)", ["parameter", "share"], rows))

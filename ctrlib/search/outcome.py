@@ -22,11 +22,11 @@ from ctrlib.search.trials import Metric, sign
 from ctrlib.search.worker import Work
 
 _log = logging.getLogger("ctrlib")
-_PARETO_EXTRA = 3
 
 
-def finalists(study: Study, work: Work) -> list[Finalist]:
-    """The best trials on all rows that there is time to train again, and those on the front of quality, latency and size.
+def finalists(study: Study, work: Work) -> tuple[list[Finalist], list[Finalist]]:
+    """The best trials on all rows that there is time to train again, and those on the front of quality, latency and size; and
+    the points of the front that there is no time for.
 
     Raises:
         ConfigError: there is none; says why trials failed.
@@ -46,7 +46,9 @@ def finalists(study: Study, work: Work) -> list[Finalist]:
     chosen = ranked[: work.budget.affordable(used, [_seconds(t) for t in best.values()])]
     front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
     extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
-    return [*chosen, *extra[: _PARETO_EXTRA if work.config.budget is None else 1]]
+    seconds = {t.number: _seconds(t) for t in best.values()}
+    count = work.budget.extra(used, [seconds[f.number] for f in chosen], [seconds[f.number] for f in extra])
+    return [*chosen, *extra[:count]], extra[count:]
 
 
 def _seconds(trial: FrozenTrial) -> float:
@@ -72,8 +74,8 @@ def _dominates(a: Finalist, b: Finalist, metric: Metric) -> bool:
     return all(x >= y for x, y in zip(first, second, strict=True)) and first != second
 
 
-def facts(study: Study, work: Work) -> dict[str, Any]:
-    """What the report says of the search itself."""
+def facts(study: Study, work: Work, left_out: Sequence[Finalist]) -> dict[str, Any]:
+    """What the report says of the search itself; ``left_out``: points of the front, see :func:`finalists`."""
     trials = study.get_trials(deepcopy=False)
     scores = trial_scores(others_of(study), sign(work.config.metric))
     active = active_rungs(len(work.rungs), scores)
@@ -102,6 +104,7 @@ def facts(study: Study, work: Work) -> dict[str, Any]:
             for t in trials
             if "stopped" in t.user_attrs
         ],
+        "left_out": [{"trial": f.number, "name": f.name, "search": f.value} for f in left_out],
         "lost": len({t.user_attrs["continues"] for t in trials if "continues" in t.user_attrs}),
     }
 

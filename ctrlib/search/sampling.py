@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import time
 import warnings
@@ -35,6 +36,8 @@ _KEEP = 0.7  # of the parameters, near the best
 _HEARTBEAT = 60  # seconds
 GRACE = 180
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
+TOO_SLOW = "too_slow"
+"""Attribute of a trial that was out of time: whether that was for its settings, and not for the end of the budget."""
 _TRIES = 5
 _KILLS = 2  # of the process of the same settings, after which they are not asked again
 _REPEATS = "repeats"
@@ -97,6 +100,8 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         values = np.array(lifted(scores, self._rungs))
         done = np.array([t.state.is_finished() for t in seen], dtype=bool)
         # settings that failed or were too slow are as bad as the worst that did not
+        slow = np.array([bool(t.user_attrs.get(TOO_SLOW)) for t in seen], dtype=bool)
+        values[slow] = np.nan
         values[np.isnan(values) & done] = np.nanmin(values) if not np.isnan(values).all() else 0.0
         values[~done] = np.nan
         best = [seen[i] for i in np.argsort(-np.nan_to_num(values, nan=-np.inf))[:_BEST]]
@@ -212,9 +217,10 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return _connected(driven)
     except Exception as error:  # each driver has its own
-        reason = " ".join(str(error).split())
+        shown = _without_password(url)
+        reason = " ".join(str(error).replace(driven, shown).replace(url, shown).split())
         raise ConfigError(
-            f"the storage {_without_password(url)} cannot be reached ({type(error).__name__}: {reason:.200}); expected a URL "
+            f"the storage {shown} cannot be reached ({type(error).__name__}: {reason:.200}); expected a URL "
             "such as postgresql://user@host/database or sqlite:///file.db, a server that runs, and its driver "
             "(pip install 'ctrlib[distributed]')"
         ) from error
@@ -243,8 +249,11 @@ def _connected(url: str) -> RDBStorage:
 
 
 def _without_password(url: str) -> str:
-    scheme, found, rest = url.partition("://")
-    return f"{scheme}{found}{rest.rpartition('@')[2]}"
+    """What stands before the last ``@`` may be a password, in a URL with a slash too few as well; and so may an option."""
+    scheme, found, rest = url.partition(":")
+    slashes = "//" if rest.startswith("//") else ""
+    shown = f"{scheme}{found}{slashes}{rest.rpartition('@')[2].removeprefix('//')}" if "@" in rest else url
+    return re.sub(r"(password=)[^&]*", r"\1...", shown, flags=re.IGNORECASE)
 
 
 def _mend(journal: Path) -> None:

@@ -371,7 +371,7 @@ def _both(layout: BatchLayout, parts: Sequence[Batch]) -> Iterator[tuple[str, In
         yield column.name, _frequent(np.concatenate([first, second])), np.concatenate([first_row, second_row + len(parts[0])])
 
 
-def _ids(layout: BatchLayout, batch: Batch) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
+def _ids(layout: BatchLayout, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """All ids of each field that has some."""
     for i, sparse in enumerate(layout.sparse):
         yield sparse.name, batch.sparse[:, i].numpy()

@@ -355,7 +355,7 @@ def columns(layout: BatchLayout, batch: Batch, num_bins: int) -> Iterator[tuple[
         yield column.name, *list_codes(batch, column.name)
 
 
-def list_codes(batch: Batch, name: str) -> tuple[npt.NDArray[np.int32], Ints]:
+def list_codes(batch: Batch, name: str) -> tuple[npt.NDArray[Any], Ints]:
     """The values of a sequence, and the row of each. An empty one has a value of its own: that there is none may tell
     something."""
     ragged = batch.sequences[name].flat

@@ -109,7 +109,8 @@ class Draw:
     """
 
     def __init__(self, rng: np.random.Generator, fixed: Params | None = None, keep: float = 1.0, clip: bool = False) -> None:
-        """``keep``: chance that a fixed value is kept, one by one; ``clip``: fixed numbers beyond their range are its ends."""
+        """``keep``: chance that a fixed value is kept, one by one; ``clip``: of a fixed number beyond its range, the nearest in
+        it is."""
         self.params: dict[str, object] = {}
         self.axes: dict[str, Axis] = {}
         self._rng, self._fixed, self._keep, self._clip = rng, fixed or {}, keep, clip

@@ -160,14 +160,21 @@ class _Until:
 
     def __init__(self, batches: Batches, deadline: float) -> None:
         self._batches, self._deadline = batches, deadline
+        self._began, self._steps = time.monotonic(), 0
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
-            if time.monotonic() > self._deadline:
-                raise OutOfTimeError("the trial took longer than the budget allows for one")
+            now = time.monotonic()
+            if now > self._deadline:
+                took = f"{self._steps} steps of {(now - self._began) / self._steps:.3g} s" if self._steps else "no step"
+                raise OutOfTimeError(
+                    f"the trial took longer than the budget allows for one: {took} in {now - self._began:.3g} s, and an epoch "
+                    f"has {len(self._batches)}; give a larger budget (--budget), or a space of faster settings"
+                )
+            self._steps += 1
             yield batch
 
 
@@ -180,7 +187,8 @@ def _model(store: Store, run: RunConfig, seed: int) -> ModelComponent:
 
 
 def estimate(store: Store, run: RunConfig, fraction: float) -> float:
-    """Seconds that :func:`train_on` takes at least, for two epochs, from a few steps and one batch of validation rows."""
+    """Seconds that :func:`train_on` takes at least, from a few steps and one batch of validation rows: for all epochs, or for
+    two where it may stop by itself."""
     run = run.for_rows(store.rows["train"])
     assert run.batch_size is not None
     model = _model(store, run, 0)
@@ -198,7 +206,7 @@ def estimate(store: Store, run: RunConfig, fraction: float) -> float:
     started = time.perf_counter()
     predict(model, Loader(valid, _EVALUATION_ROWS, rows=part, workers=0))
     evaluation = (time.perf_counter() - started) * valid.num_rows / len(part)
-    return (epoch + evaluation) * min(run.fit.epochs, 2)
+    return (epoch + evaluation) * (run.fit.epochs if run.fit.patience is None else min(run.fit.epochs, 2))
 
 
 def latency_ms(model: nn.Module, store: Store, rows: int = LATENCY_ROWS) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import socket
 import statistics
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.study import Study
 
@@ -28,7 +30,7 @@ from ctrlib.search.finish import finish
 from ctrlib.search.outcome import facts, finalists
 from ctrlib.search.sampling import opened_storage, take_up_lost
 from ctrlib.search.select import described
-from ctrlib.search.space import MODELS, AutoSpace, Fixed, Portfolio, Space, candidate_of
+from ctrlib.search.space import MODELS, AutoSpace, Draw, Fixed, Portfolio, Space, candidate_of
 from ctrlib.search.trials import OutOfTimeError, Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
 from ctrlib.search.worker import SearchConfig, Work, quiet, run_workers, wait_for_others
 
@@ -36,6 +38,8 @@ __all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of", "tune"]
 
 _log = logging.getLogger("ctrlib")
 _NOISE_SEEDS = 3
+_CLOCK = "elapsed-"
+_PROBES = 3  # points of a user's space, of which one may be slow by chance
 
 
 def search(
@@ -108,6 +112,7 @@ def search(
         journal=target / "study.journal",
         study=study_name,
         began=time.time(),
+        clock=_clock(target),
     )
     with quiet(), opened_storage(storage, work.journal) as held:
         study = optuna.create_study(
@@ -120,16 +125,17 @@ def search(
         if lost:
             _log.info("%d trials were cut off; they are taken up again", lost)
         if config.budget is not None and not study.get_trials(deepcopy=False):
-            first = _default(work)
-            budget.check(estimate(store, first, work.rungs[0]), estimate(store, first, 1.0))
-        work = replace(work, began=time.time() - _used(study, workers))
+            budget.check(*_probe(work, store))
+        work = replace(work, began=time.time() - _used(study, work, workers))
         if "noise" not in study.user_attrs:
             study.set_user_attr("noise", _noise(work, store))
+        work.tick(study)
         run_workers(work, workers)
         if wait_for_others(study):  # one of them died, and left a trial
             run_workers(work, workers)
-        return finish(
-            finalists(study, work),
+        chosen, left_out = finalists(study, work)
+        report = finish(
+            chosen,
             work.space,
             work.stores,
             target,
@@ -137,8 +143,10 @@ def search(
             seeds=config.finish_seeds,
             seed=config.seed,
             workers=workers,
-            facts=facts(study, work),
+            facts=facts(study, work, left_out),
         )
+        work.tick(study)
+        return report
 
 
 tune = search
@@ -218,7 +226,7 @@ def _check_latency(config: SearchConfig, store: Store) -> None:
 
 
 def _default(work: Work) -> RunConfig:
-    """What the noise of seeds and the time of a trial are measured with."""
+    """What the noise of seeds is measured with, and the time of a trial of the default space."""
     if work.portfolio:
         draws = Portfolio().draws(work.space)
         if draws:
@@ -227,8 +235,33 @@ def _default(work: Work) -> RunConfig:
     return settled(configure("dnn", options={"device": work.config.device}, epochs=5), work.config.metric, False)
 
 
-def _used(study: Study, workers: int) -> float:
-    """Seconds that the trials before this call took of the budget."""
+def _probe(work: Work, store: Store) -> tuple[float, float]:
+    """Estimated seconds of a trial on the lowest rung and on all rows: of the fastest of some points of a user's own space."""
+    found = []
+    for number in range(0 if work.portfolio else _PROBES):
+        try:
+            candidate = candidate_of(work.space(Draw(np.random.default_rng([work.config.seed, number]))))
+            run = settled(candidate.run, work.config.metric, False)
+            found.append((estimate(store, run, 1.0), estimate(store, run, work.rungs[0])))
+        except Exception:  # a point that cannot be: its trial will say why
+            continue
+    if not found:
+        run = _default(work)
+        found.append((estimate(store, run, 1.0), estimate(store, run, work.rungs[0])))
+    whole, trial = min(found)
+    return trial, whole
+
+
+def _clock(target: Path) -> str:
+    """The attribute of a study that holds how long a search in this folder of this machine has been at work."""
+    return _CLOCK + hashlib.sha256(f"{socket.gethostname()}:{target.resolve()}".encode()).hexdigest()[:12]
+
+
+def _used(study: Study, work: Work, workers: int) -> float:
+    """Seconds that calls before this one took of the budget; other machines have budgets of their own."""
+    if any(name.startswith(_CLOCK) for name in study.user_attrs):
+        return float(study.user_attrs.get(work.clock, 0.0))
+    # a study of an earlier version kept the seconds of trials only
     return sum(float(t.user_attrs.get("seconds", 0.0)) for t in study.get_trials(deepcopy=False)) / workers
 
 

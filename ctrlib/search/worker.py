@@ -24,6 +24,7 @@ from ctrlib.search.budget import Budget
 from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, one_epoch, promotes
 from ctrlib.search.sampling import (
     GRACE,
+    TOO_SLOW,
     Method,
     failure,
     mark_as_own,
@@ -116,6 +117,11 @@ class Work:
     journal: Path
     study: str
     began: float  # of time.time(), less what earlier calls have used
+    clock: str  # attribute of the study that keeps what was used
+
+    def tick(self, study: Study) -> None:
+        """Keep what was used until now, for a call that resumes this one."""
+        study.set_user_attr(self.clock, time.time() - self.began)
 
     @contextmanager
     def open(self) -> Iterator[Study]:
@@ -228,6 +234,7 @@ def _run_trials(study: Study, work: Work, parent: int | None) -> None:
             portfolio=draws,
         )
         study.optimize(lambda trial: _objective(trial, work), n_trials=1, catch=(Exception,))
+        work.tick(study)
 
 
 def _counts(trial: FrozenTrial) -> bool:
@@ -255,7 +262,7 @@ def _objective(trial: optuna.Trial, work: Work) -> float:
     try:
         candidate = candidate_of(work.space(trial))
         trial.set_user_attr("name", candidate.name)
-        return _climb(trial, candidate, work, started)
+        return _climb(trial, candidate, work)
     except OutOfTimeError as error:
         trial.set_user_attr("stopped", str(error))
         raise optuna.TrialPruned(str(error)) from error
@@ -271,7 +278,18 @@ def _objective(trial: optuna.Trial, work: Work) -> float:
         trial.set_user_attr("seconds", time.monotonic() - started)
 
 
-def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float) -> float:
+def _deadline(work: Work, whole: Sequence[float]) -> tuple[float | None, bool]:
+    """Until when, of ``time.monotonic()``, a trial may train that begins now; and whether one that does not make it is too slow
+    for the budget, or the budget all but spent."""
+    used = time.time() - work.began
+    longest = work.budget.longest_trial(used, whole)
+    if longest is None:
+        return None, False
+    left = work.budget.left(used, whole)
+    return time.monotonic() + min(longest, left), longest <= left
+
+
+def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
     """Train on one rung after the other."""
     config, study = work.config, trial.study
     others = others_of(study, trial.number)
@@ -288,7 +306,7 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
     if config.latency_ms is not None and measured > config.latency_ms:
         raise optuna.TrialPruned(f"100 rows take {measured:.3g} ms, more than {config.latency_ms:g} ms")
     del model
-    longest = work.budget.longest_trial(not any(t.state == TrialState.COMPLETE for t in others))
+    deadline, too_slow = _deadline(work, _whole(others))
     done = {int(rung): value for rung, value in trial.user_attrs.get("rungs", {}).items()}
     active = active_rungs(len(work.rungs), trial_scores(others, sign(config.metric)))
     value, checks = math.nan, []
@@ -296,14 +314,12 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work, started: float
         if rung in done:
             value = done[rung]
         else:
-            outcome = train_on(
-                store,
-                run,
-                work.rungs[rung],
-                metric=config.metric,
-                seed=trial_seed(config.seed, origin(trial.user_attrs, trial.number)),
-                deadline=None if longest is None else started + longest,
-            )
+            seed = trial_seed(config.seed, origin(trial.user_attrs, trial.number))
+            try:
+                outcome = train_on(store, run, work.rungs[rung], metric=config.metric, seed=seed, deadline=deadline)
+            except OutOfTimeError:
+                trial.set_user_attr(TOO_SLOW, too_slow)
+                raise
             value = outcome.value
             noise = study.user_attrs.get("noise")
             if run.fit.epochs > 1 and noise is not None:

@@ -31,6 +31,18 @@ def slow(trial: Any) -> RunConfig:
     return tiny(fit__optimizer__learning_rate=str(rate), fit__patience="None", workers="0", fit__epochs="25", batch_size="64")
 
 
+def endless(trial: Any) -> RunConfig:
+    """As :func:`slow`, for days; all of its epochs are known to come."""
+    rate = trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)
+    return tiny(fit__optimizer__learning_rate=str(rate), fit__patience="None", workers="0", fit__epochs="1000000")
+
+
+def patient(trial: Any) -> RunConfig:
+    """As :func:`endless`, but it might stop after its second epoch."""
+    rate = trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)
+    return tiny(fit__optimizer__learning_rate=str(rate), fit__patience="900000", workers="0", fit__epochs="1000000")
+
+
 def partly_invalid(trial: Any) -> RunConfig:
     """Half of its points cannot be."""
     run = small(trial)

@@ -159,3 +159,35 @@ def test_what_a_trial_had_no_time_to_ask_goes_with_what_it_had(hedge: Hedge | No
         spaces.conditional(trial)
         assert set(trial.params) == {"kind", f"units_{kind}"}
         assert trial.params["kind"] == kind
+
+
+def test_settings_that_were_too_slow_are_as_bad_as_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def watched(self: Hedge, *args: Any) -> int:
+        told.append(args[4])
+        return 0
+
+    monkeypatch.setattr(Hedge, "choose", watched)
+    study = optuna.create_study()
+    ranges = {
+        "learning_rate": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True),
+        "width": optuna.distributions.CategoricalDistribution((4, 8, 16)),
+    }
+    losses = [{0: 0.55, 1: 0.50}, {0: 0.56, 1: 0.51}, {0: 0.57, 1: 0.52}, {0: 0.40}, {0: 0.40}]
+    for number, rungs in enumerate(losses):
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"learning_rate": 0.01 + 0.01 * number, "width": 4},
+                distributions=ranges,
+                state=TrialState.COMPLETE if 1 in rungs else TrialState.PRUNED,
+                value=rungs.get(1),
+                intermediate_values=rungs,
+                user_attrs={}
+                if 1 in rungs
+                else {"too_slow": number == 3},  # the last one began when the budget was all but spent
+            )
+        )
+    study.sampler = HedgedSampler(spaces.small, seed=0, sign=-1.0, rungs=2, hedge=Hedge())
+    study.ask()
+    assert told[0] == pytest.approx([-0.50, -0.51, -0.52, -0.52, -0.35])

@@ -27,6 +27,7 @@ from ctrlib.experiment import prepare, train  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
 from ctrlib.search import tuning  # noqa: E402
+from ctrlib.search.budget import Budget  # noqa: E402
 from ctrlib.search.hedge import Hedge  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
 from ctrlib.search.space import AutoSpace  # noqa: E402
@@ -184,7 +185,16 @@ def test_an_impossible_latency_names_the_fastest(data: Path, tmp_path: Path) -> 
         spaces.run(data, tmp_path / "own", trials=2, latency_ms=1e-4)
 
 
-@pytest.mark.parametrize("url", ["postgresql://nobody:secret@127.0.0.1:1/none", "nonsense", "sqlite:////no/such/folder/x.db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://nobody:secret@127.0.0.1:1/none",
+        "postgresql:/nobody:secret@127.0.0.1/none",
+        "postgresql://127.0.0.1:1/none?user=nobody&password=secret",
+        "nonsense",
+        "sqlite:////no/such/folder/x.db",
+    ],
+)
 def test_a_storage_that_cannot_be_reached(data: Path, tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="cannot be reached") as caught:
         spaces.run(data, tmp_path / "run", trials=1, storage=url)
@@ -271,10 +281,31 @@ def test_tpe_is_grouped_and_searches(data: Path, tmp_path: Path) -> None:
     assert len(_trials(tmp_path / "run")) == 10
 
 
+def test_a_budget_too_small_for_a_space_of_ones_own(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"budget of 5 s is too small.*give at least [\d.]+e\+0[4-9] s"):
+        spaces.run(data, tmp_path / "run", spaces.endless, budget=5.0, finalists=1, finish_seeds=1)
+    with pytest.raises(ConfigError, match=r"no trial succeeded: .* [1-9]\d* steps of [\d.e-]+ s in .*give a larger budget"):
+        spaces.run(data, tmp_path / "patient", spaces.patient, budget=30.0, finalists=1, finish_seeds=1)
+    # .6 of the budget for all that tried; a clock on the wall would also see what else the machine does
+    assert sum(t.user_attrs["seconds"] for t in _trials(tmp_path / "patient")) < 25
+
+
+def test_the_longest_trial() -> None:
+    budget = Budget(seconds=100, seeds=3, workers=1, finalists=2)
+    # before any on all rows: as long as it takes to train it once more with three seeds
+    assert budget.longest_trial(20, []) == 20
+    assert budget.left(20, []) == 40
+    assert budget.longest_trial(20, [4]) == pytest.approx(100 / 6)
+    assert budget.left(70, [4]) == 6  # 2 × 3 × 4 s are kept
+    assert budget.over(59, 1, []) is False
+    assert budget.over(60, 1, []) is True
+    assert budget.over(60, 0, []) is False
+    assert Budget(trials=3).longest_trial(1e9, []) is None
+
+
 def test_time_is_kept_for_the_end_and_trials_do_not_run_over(data: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
     report = spaces.run(data, tmp_path / "run", spaces.small, budget=20.0)
-    assert time.monotonic() - started < 60
+    assert sum(t.user_attrs["seconds"] for t in _trials(tmp_path / "run")) < 20
     assert report["trials"]["complete"] >= 1
 
 
