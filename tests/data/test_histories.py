@@ -27,7 +27,7 @@ from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import preset
 from ctrlib.schema import DataError, History, HistoryColumn, Schema, SequenceField, SparseField
 from ctrlib.search.field_gates import FieldGates
-from ctrlib.search.selection import Selection, apply_to_store, compact
+from ctrlib.search.selection import Selection, apply_to_store, compact, dropped_fields
 from ctrlib.training import predict
 
 N = 313
@@ -433,7 +433,7 @@ def selection(encoder: Encoder, **kept: Any) -> Selection:
 def test_a_selection_of_attributes(path: Path, encoder: Encoder, store: Store, tmp_path: Path) -> None:
     chosen = selection(encoder, fields=("item", "hist_item", "hist_shop"))
     derived = chosen.apply(encoder)
-    assert derived.schema.histories == (replace(HISTORY, fields=("hist_item", "hist_shop"), gaps=None),)
+    assert derived.schema.histories == (replace(HISTORY, fields=("hist_item", "hist_shop")),)  # time gaps go with any field
     assert "hist_time" not in derived.schema.ignored
     smaller = apply_to_store(chosen, store, tmp_path / "smaller")
     assert smaller.leaks == store.leaks
@@ -441,7 +441,7 @@ def test_a_selection_of_attributes(path: Path, encoder: Encoder, store: Store, t
     assert same(found, Loader(Store.open(smaller.path).split("test"), N).__iter__().__next__())
     for name in ("hist_item", "hist_shop"):
         assert lists(found.sequences[name]) == lists(want.sequences[name])
-    assert derived.layout.histories[0].targets == ("item", None)
+    assert derived.layout.histories[0].targets == ("item", None, None)
     none = selection(encoder, fields=("item", "tags", "hist_gap")).apply(encoder)
     assert none.schema.histories == ()
     assert [c.name for c in none.layout.sequences] == ["tags"]
@@ -477,7 +477,9 @@ def test_a_model_is_compacted(encoder: Encoder) -> None:
     chosen = selection(encoder, fields=("item", "tags", "hist_item", "hist_tags"))
     small, derived = compact(model, chosen, encoder)
     gates = FieldGates(encoder.layout.names)
-    gates.values_F[[name not in (chosen.fields or ()) for name in gates.names]] = 0
+    dropped = dropped_fields(chosen, encoder)
+    assert "hist_gap" not in dropped
+    gates.values_F[[name in dropped for name in gates.names]] = 0
     with gates.on(model), torch.no_grad():
         want, found = model(encoder.transform(raw())).logits, small(derived.transform(raw())).logits
     torch.testing.assert_close(found, want, rtol=0, atol=1e-6)

@@ -86,7 +86,7 @@ def test_options_of_the_embedding(name: str, flavour: Flavour, option: str) -> N
     config = shrunk(preset(name, flavour))
     changes = {
         "dims": replace(config.embedding, dims={"user": 6}),
-        "fields": replace(config.embedding, fields=("history", "user", "price")),
+        "fields": replace(config.embedding, fields=("history", "item", "price")),  # the item for those that compare with it
         "frozen": replace(config.embedding, frozen=("user",)),
     }
     m = make(replace(config, embedding=changes[option]), MIXED)
