@@ -29,7 +29,7 @@ from ctrlib.data.requests import RequestEncoder
 from ctrlib.data.source import open_source
 from ctrlib.files import WRITER, new_folder, sealed, sha256, write_json
 from ctrlib.hoisting import export_model, flat_inputs
-from ctrlib.hoisting.program import ExportedBatch
+from ctrlib.hoisting.program import EXPORTING, ExportedBatch
 from ctrlib.metrics import auc
 from ctrlib.ragged import segment_max, segment_sum
 from ctrlib.ranking import TOLERANCE, Ranker, sample_request, sequence_inputs
@@ -286,7 +286,7 @@ def _functional(
     save_file({name: t.contiguous() for name, t in weights.items()}, part / _WEIGHTS)
     inputs = flat_inputs(example, sequences)
     shapes: Any = ({name: {} for name in weights}, tuple({0: Dim.DYNAMIC} for _ in inputs))
-    with torch.no_grad():
+    with EXPORTING, torch.no_grad():
         return torch.export.export(_Functional(model, sequences), (weights, *inputs), dynamic_shapes=shapes)
 
 
@@ -386,16 +386,17 @@ def _write_onnx(model: nn.Module, example: Batch, sequences: Sequence[tuple[str,
     for bag in (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only):
         table[bag.default] = _embedding_bag
     table[torch.ops.aten.index_add.default] = _index_add
-    torch.onnx.export(
-        program.run_decompositions(table),
-        (),
-        str(part / _FILES["onnx"]),
-        input_names=_input_names(sequences),
-        output_names=["logits"],
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
+    with EXPORTING:
+        torch.onnx.export(
+            program.run_decompositions(table),
+            (),
+            str(part / _FILES["onnx"]),
+            input_names=_input_names(sequences),
+            output_names=["logits"],
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+        )
 
 
 def _read_onnx(folder: Path) -> Run:

@@ -122,6 +122,14 @@ def test_threads_get_what_one_gets(ranker: Ranker) -> None:
             np.testing.assert_array_equal(shown, wanted)
 
 
+def test_rankers_made_by_threads_leave_torch_as_it_was(saved: Path) -> None:
+    """Of two exports at once, the one that ends last would leave the flag that one is going on."""
+    with ThreadPoolExecutor(3) as pool:
+        assert all(r.hoisted for r in pool.map(lambda _: Ranker.load(saved), range(3)))
+    assert not torch.compiler.is_exporting()
+    assert not torch.compiler.is_compiling()
+
+
 def test_two_labels_and_calibration(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", "dcnv2", replace(SIDES, labels=("label", "buy")))
     plain = Ranker.load(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,10 @@ from torch.export import Dim
 from ctrlib.batch import Batch, Model, Ragged
 
 Inputs = tuple[Tensor, ...]
+
+EXPORTING = threading.Lock()
+"""Held while torch exports: of two exports at once, the one that ends last would leave torch's flag set that one is going on,
+by which torch.compile does nothing from then on, and optimizers take other paths."""
 
 
 class ExportedBatch(nn.Module):
@@ -44,5 +49,5 @@ def export_model(model: Model, batch: Batch, sequences: Sequence[tuple[str, bool
     inputs = flat_inputs(batch, sequences)
     ragged = tuple({0: Dim.DYNAMIC} for _ in inputs[2:])
     shapes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, *([ragged] if ragged else []))
-    with torch.no_grad():
+    with EXPORTING, torch.no_grad():
         return torch.export.export(ExportedBatch(model, sequences), inputs, dynamic_shapes=shapes)
