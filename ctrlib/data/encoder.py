@@ -339,7 +339,7 @@ class Encoder:
         if isinstance(f, DenseField):
             keys = _category_keys(as_floats(array, describe), describe)
         else:
-            keys = _keys(array, self._keys(f), describe)
+            keys = _value_keys(array, self._keys(f), describe)
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def encode_column(self, name: str, array: Any, describe: Describe) -> npt.NDArray[Any]:
@@ -377,7 +377,7 @@ class Encoder:
     def _sequence(self, f: SequenceField, array: Any, describe: Describe) -> tuple[Ids, ...]:
         """Ids of all values, the length of every list, and if nested, how many values every behaviour has."""
         values, lengths, inner, describe = _flat(f, array, describe)
-        keys = _keys(values, self._keys(f), describe)
+        keys = _value_keys(values, self._keys(f), describe)
         ids = self.vocabularies[vocabulary_name(f)].ids(keys)
         if inner is not None:
             return ids, lengths, inner
@@ -400,7 +400,7 @@ class Encoder:
             array = as_array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(f"the values given for field {field!r} mix kinds ({error}); give all of them one type") from error
-        keys = _keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
+        keys = _value_keys(array, self._keys(f), lambda at: f"value {at + 1} given for field {field!r}")
         return self.vocabularies[vocabulary_name(f)].ids(keys)
 
     def _json(self) -> dict[str, Any]:
@@ -777,13 +777,13 @@ def _fit_vocabulary(
         for array, describe in blocks:
             if isinstance(f, SequenceField) and f.name not in histories:
                 array, _, _, describe = _flat(f, array, describe)
-            counter.update(_keys(array, kind, describe))
+            counter.update(_value_keys(array, kind, describe))
     if not len(counter.result()[0]):
         raise _all_missing(name, table, guarded=not histories.keys().isdisjoint(f.name for f in members))
     return Vocabulary.fit(counter, owner.min_count, owner.max_size)
 
 
-def _keys(array: Any, kind: Any, describe: Describe) -> Any:
+def _value_keys(array: Any, kind: Any, describe: Describe) -> Any:
     """Keys of categories. Times are none: how many digits their text has depends on the unit of the column."""
     found = array.type.value_type if isinstance(array, pa.DictionaryArray) else array.type
     if pa.types.is_temporal(found) and not pa.types.is_date(found):
