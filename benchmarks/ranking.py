@@ -1,7 +1,7 @@
 """One context × N candidates: the ranker beside tiled rows in eager torch and ONNX Runtime: ``python -m benchmarks.ranking``.
 
 39 fields of ids, half of them of the context, a table of 2 million rows × 16. Each side has a process of its own, as their
-threads would spin in each other's way; they take turns, a few calls each, on the same requests, encoded before the clock starts
+threads would spin in each other's way; they take turns, some calls each, on the same requests, encoded before the clock starts
 (``encoding`` is timed by itself, from raw values). Tiled sides read a batch in which every candidate has the whole context;
 making that batch is on their clock too. The first side is torch as it is installed, the others have ``ctrlib.tune_cpu()``.
 ``--memory`` also measures what each of three processes adds that serve the same artifact.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -50,7 +49,9 @@ EAGER, TUNED, RANKER, ONNX, ENCODE = (
     "ONNX Runtime, tiled",
     "encoding",
 )
-CALLS = 8  # of a side before it is another one's turn
+CALLS = 24  # of a side before it is another one's turn
+WARM = 4  # more, before the clock starts: they find the caches of another process
+PAUSE = 0.05  # seconds between turns: threads of a side spin for a while after its last call
 
 RawRequest = tuple[dict[str, object], list[dict[str, object]]]
 
@@ -146,7 +147,8 @@ def measure(name: str, sizes: Sequence[int], candidates: int, rounds: int, threa
             seconds: dict[str, list[float]] = {which: [] for which in pipes}
             for _ in range(rounds):
                 for which in pipes:
-                    seconds[which] += ask(which, CALLS + 1)[1:]  # the first finds the caches of another process
+                    time.sleep(PAUSE)
+                    seconds[which] += ask(which, CALLS + WARM)[WARM:]
             for pipe in pipes.values():
                 pipe.send(None)
         finally:
@@ -219,12 +221,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PRESETS))
     parser.add_argument("--candidates", type=int, nargs="+", default=[100, 500])
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--rounds", type=int, default=25, help="turns of every side, of 8 calls each")
+    parser.add_argument("--rounds", type=int, default=12, help=f"turns of every side, of {CALLS} calls each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-onnx", action="store_true")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sizes = vocabularies(args.rows)
     found = []
     for name in args.models:

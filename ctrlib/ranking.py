@@ -17,7 +17,7 @@ from ctrlib.batch import Batch, Ragged
 from ctrlib.calibration import calibrate_tasks, sigmoid
 from ctrlib.config import ConfigError, Table
 from ctrlib.data.requests import Encoded, Request, RequestEncoder
-from ctrlib.hoisting import Hoisted, Side, export_model, hoist
+from ctrlib.hoisting import Hoisted, Side, export_model, fuse, hoist
 from ctrlib.models.presets import COMPONENTS
 from ctrlib.schema import BatchLayout, DataError, suggest
 
@@ -194,7 +194,7 @@ class Ranker:
         example = sample_request(layout, self.encoder, 0).batch()
         try:
             module, found = hoist(export_model(self.artifact.model, example, self.sequences), side, self.sequences)
-            self._hoisted, self.hoisted = module, found
+            self._hoisted, self.hoisted = fuse(module), found
             worst = self.check()
         except DataError:  # of the model itself
             raise

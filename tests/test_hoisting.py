@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ctrlib.batch import Batch, Output, Ragged
 from ctrlib.config import ConfigError
-from ctrlib.hoisting import Hoisted, Side, export_model, hoist
+from ctrlib.hoisting import Hoisted, Side, export_model, fuse, fusing, hoist
 from ctrlib.models.ctr import ModelComponent
 from ctrlib.models.presets import PRESETS
 from tests.models.small import rows, take
@@ -93,6 +93,40 @@ def test_what_is_hoisted_of_an_mlp() -> None:
     assert [h.share for h in others] == [0.0] * len(others)
     expected, shown = both(m, program, 9, 0, dtype=torch.float32)
     torch.testing.assert_close(shown, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dnn", "dcnv2", "autoint", "final_mlp", "hiformer", "din", "aw_moe"])
+def test_packed_layers_score_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "_MIN_OUT", 2)  # the layers of these models are narrow
+    m = model(name, "paper").requires_grad_(False)
+    program, _ = hoisted(m, dtype=torch.float32)
+    layers = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default and n.args[1].op == "get_attr"]
+    followed = sum(len(n.users) == 1 and next(iter(n.users)).target is torch.ops.aten.relu.default for n in layers)
+    narrow = sum(len(program.get_buffer(n.args[1].target)) < 2 for n in layers)
+    fused = fuse(program)
+    packed = [n for n in fused.graph.nodes if n.target is torch.ops.mkldnn._linear_pointwise.default]
+    assert len(packed) == len(layers) - narrow > 0
+    assert sum(n.args[3] == "relu" for n in packed) == followed
+    assert {name for name, _ in fused.named_buffers()} == {n.target for n in fused.graph.nodes if n.op == "get_attr"}
+    for count, seed in ((6, 0), (1, 1), (9, 2)):
+        expected, shown = both(m, fused, count, seed, dtype=torch.float32)
+        torch.testing.assert_close(shown, expected, rtol=0, atol=1e-6)
+
+
+def test_narrow_layers_and_float64_stay_as_they_are() -> None:
+    for dtype in (torch.float32, torch.float64):
+        program, _ = hoisted(model("dnn", "paper").to(dtype).requires_grad_(False), dtype=dtype)
+        fused = fuse(program)
+        assert all(n.target is not torch.ops.mkldnn._linear_pointwise.default for n in fused.graph.nodes)
+
+
+def test_pieces_that_are_joined_anyway_are_joined_before_they_grow() -> None:
+    """AutoInt's four projections of a first layer: of one joined tensor of embeddings, not four joined ones."""
+    program, found = hoisted(model("autoint", "paper").double().requires_grad_(False))
+    named = [str(n.target) for n in program.graph.nodes]
+    assert sum("_rows_of" in name for name in named) == 1
+    assert sum(name == "aten.embedding.default" for name in named) >= 2  # the context's rows are still looked up once
+    assert {h.share for h in found} == {0.0}
 
 
 def test_tables_are_not_copied() -> None:

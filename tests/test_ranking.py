@@ -19,7 +19,6 @@ from ctrlib import artifact, ranking
 from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError, override
 from ctrlib.data.encoder import Encoder
-from ctrlib.hoisting import hoist
 from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS, preset
@@ -189,11 +188,7 @@ def test_a_graph_that_gives_no_numbers_is_not_used(
             logits: torch.Tensor = self.module(*inputs)
             return logits if self.calls == 1 else logits * torch.nan
 
-    def broken(*given: Any) -> Any:
-        module, found = hoist(*given)
-        return NoNumbers(module), found
-
-    monkeypatch.setattr(ranking, "hoist", broken)
+    monkeypatch.setattr(ranking, "fuse", NoNumbers)
     with caplog.at_level(logging.WARNING, logger="ctrlib"):
         ranker = Ranker.load(saved)
     assert ranker.hoisted == ()
@@ -220,7 +215,7 @@ def test_a_graph_that_does_not_run_is_not_used(
         def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("sizes do not fit")
 
-    monkeypatch.setattr(ranking, "hoist", lambda *given: (Broken(), ()))
+    monkeypatch.setattr(ranking, "fuse", lambda module: Broken())
     with caplog.at_level(logging.WARNING, logger="ctrlib"):
         ranker = Ranker.load(saved)
     assert "the context is not computed once: the model cannot be rewritten (sizes do not fit)" in caplog.text

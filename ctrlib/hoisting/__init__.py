@@ -5,7 +5,7 @@ is one of three things: the same for all requests (folded), of the context alone
 A tensor with both along one axis, such as tokens of fields ``[B, F, D]``, is kept in two pieces, ``[1, F₁, D]`` of the context
 and ``[B, F₂, D]`` of candidates. Operations that treat the places of this axis alike are done to both pieces. Where the axis is
 summed over, the sum of the context's piece is added: x·W = x₁·W₁ + x₂·W₂, the bias included in the first term. An operation
-without a rule reads the two pieces joined: slower, never wrong.
+without a rule reads the two pieces joined: slower, never wrong. :func:`fuse` then packs the layers for the CPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ctrlib.hoisting.fusing import fuse
 from ctrlib.hoisting.program import export_model, flat_inputs
 from ctrlib.hoisting.rewriter import Rewriter
 from ctrlib.hoisting.rules import rewrite
 from ctrlib.hoisting.values import Hoisted, Side
 
-__all__ = ["Hoisted", "Side", "export_model", "flat_inputs", "hoist"]
+__all__ = ["Hoisted", "Side", "export_model", "flat_inputs", "fuse", "hoist"]
 
 
 def hoist(
@@ -41,4 +42,8 @@ def hoist(
     Raises:
         ConfigError: the program has an operation that cannot be rewritten, or writes to a view of another value.
     """
-    return Rewriter(program, side, sequences, rewrite).run()
+    first = Rewriter(program, side, sequences, rewrite)
+    result = first.run()
+    if joined := first.better_joined():
+        result = Rewriter(program, side, sequences, rewrite, joined).run()
+    return result

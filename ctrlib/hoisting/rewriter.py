@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 from operator import add, getitem
 from typing import Any, cast
@@ -17,6 +17,9 @@ from ctrlib.hoisting.values import Context, Full, Hoisted, Many, NoRuleError, Pa
 aten = torch.ops.aten
 
 _SKIPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
+_MOVING = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.unflatten.int, aten.unsqueeze.default}
+_MOVING |= {aten.squeeze.dim, aten.transpose.int, aten.mT.default, aten.permute.default, aten.dropout.default}
+_CHEAP = 32  # so many multiplications for a number cost less than to join that number with others
 _MULTIPLYING = {aten.linear.default, aten.matmul.default, aten.einsum.default, aten.conv2d.default}
 
 Rewrite = Callable[["Rewriter", fx.Node], Value]
@@ -29,12 +32,20 @@ class Rewriter:
     Args:
         program, side, sequences: see :func:`ctrlib.hoisting.hoist`.
         rewrite: the rules, for operations of which some arguments are of candidates.
+        joined: values of the program whose two pieces are joined at once, see :meth:`better_joined`.
     """
 
     def __init__(
-        self, program: torch.export.ExportedProgram, side: Side, sequences: Sequence[tuple[str, bool]], rewrite: Rewrite
+        self,
+        program: torch.export.ExportedProgram,
+        side: Side,
+        sequences: Sequence[tuple[str, bool]],
+        rewrite: Rewrite,
+        joined: Collection[str] = (),
     ) -> None:
         self.rewrite = rewrite
+        self.at_once = joined
+        self.unruled: set[fx.Node] = set()  # operations that read their arguments joined
         module = program.module(check_guards=False)
         self.old = module
         self.new = fx.Graph()
@@ -64,7 +75,10 @@ class Rewriter:
                 whole = isinstance(result, Tensor) and not result.dtype.is_floating_point
                 if whole and not self.counting.isdisjoint(node.all_input_nodes):
                     self.counting.add(node)
-                self.values[node] = self._call(node)
+                value = self._call(node)
+                if isinstance(value, Parts) and node.name in self.at_once:
+                    value = Full(self.joined(value))
+                self.values[node] = value
             elif node.op == "output":
                 self.new.output(self.full(_result(self.old)))
             else:
@@ -72,6 +86,25 @@ class Rewriter:
         self.new.eliminate_dead_code()
         self.new.lint()
         return fx.GraphModule(self.root, self.new), tuple(self.found)
+
+    def better_joined(self) -> set[str]:
+        """After :meth:`run`: values in two pieces of which all that becomes is joined later, by way of cheap operations only.
+        To join them at once costs less: there are fewer of them, of fewer numbers."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.old.graph.nodes):
+            if isinstance(self.values.get(node), Parts) and node.users and all(self._joins(user, found) for user in node.users):
+                found.add(node)
+        return {node.name for node in found}
+
+    def _joins(self, user: fx.Node, later: Collection[fx.Node]) -> bool:
+        if user.op == "output" or user in self.unruled:
+            return True
+        if user.target is aten.linear.default:
+            weight = self.values[cast(fx.Node, user.args[1])]
+            assert isinstance(weight, Static)
+            out, width = weight.value.shape
+            return user in later and width <= min(out, _CHEAP)
+        return user in later and user.target in _MOVING
 
     def _inputs(self) -> None:
         olds = [node for node in self.old.graph.nodes if node.op == "placeholder"]
@@ -267,6 +300,7 @@ class Rewriter:
             return self.rewrite(self, node)
         except NoRuleError:
             del self.found[known:]
+            self.unruled.add(node)
             self.note(node, 0.0)
             return Full(self.copied(node, self.full, self.all_rows))
 
