@@ -331,9 +331,10 @@ class _Table(nn.Module):
         self.token_dropout = config.token_dropout
         # Row 0 is the padding row of all: the ids 0 of other ranges are sent there, so their own rows 0 are never read.
         self.rows = EmbeddingTable(sum(sizes.values()), width, torch.bfloat16 if config.row_dtype == "bfloat16" else None)
-        with torch.no_grad():
-            self.rows.weight.normal_(0, config.init_std) if trained else self.rows.weight.zero_()
-            self.rows.weight[list(self.first_row.values())] = 0
+        if not self.rows.weight.is_meta:
+            with torch.no_grad():
+                self.rows.weight.normal_(0, config.init_std) if trained else self.rows.weight.zero_()
+                self.rows.weight[list(self.first_row.values())] = 0
         self.rows.weight.requires_grad_(trained)
         mine = [(i, c) for i, c in sparse if c.table in sizes]
         self.sparse_names = [c.name for _, c in mine]

@@ -44,6 +44,11 @@ class EmbeddingTable(nn.Embedding):
     def __init__(self, num_rows: int, dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(num_rows, dim, padding_idx=0, dtype=dtype, device="meta" if _unallocated.get() else None)
 
+    def reset_parameters(self) -> None:
+        """Rows as torch draws them; none on the meta device, where a draw would import torch's compiler, for over a second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, ids: Tensor) -> Tensor:
         trained = self.weight.requires_grad and torch.is_grad_enabled()
         if (trained and not self.sparse) or torch.compiler.is_compiling() or not _native.gathers(self.weight):
