@@ -13,8 +13,8 @@ HEAD = """# Benchmarks
 
 Ratios are measured side by side in one run; the absolute figures hold for the machine named with them.
 `python -m benchmarks.NAME` prints a table and writes `results/NAME.json`; `python -m benchmarks.table` writes this page from
-those files. A benchmark that starts processes gives them `GOMP_SPINCOUNT=1000`, peers included. No GPU was at hand: nothing
-here was run on one.
+those files. A benchmark that starts processes gives them `GOMP_SPINCOUNT=1000`, peers included, but for `ranking`, whose
+processes come to rest between turns. No GPU was at hand: nothing here was run on one.
 """
 
 
