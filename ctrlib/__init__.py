@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ctrlib.nodes import configure_nodes, train_nodes
     from ctrlib.ranking import Ranker
     from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
+    from ctrlib.scoring import predict_run
     from ctrlib.search.screen import screen
     from ctrlib.search.selection import Selection, apply_to_store, compact
     from ctrlib.search.tuning import SearchConfig, tune
@@ -71,6 +72,7 @@ _MODULES = {
     "nodes": ("configure_nodes", "train_nodes"),
     "ranking": ("Ranker",),
     "schema": ("CrossField", "DataError", "DenseField", "History", "Schema", "SequenceField", "SparseField"),
+    "scoring": ("predict_run",),
     "search.screen": ("screen",),
     "search.selection": ("Selection", "apply_to_store", "compact"),
     "search.tuning": ("SearchConfig", "tune"),
@@ -117,6 +119,7 @@ __all__ = [
     "fit",
     "load",
     "load_nodes",
+    "predict_run",
     "prepare",
     "preset",
     "run_experiment",

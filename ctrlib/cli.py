@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctrlib import experiment, nodes
+from ctrlib import experiment, nodes, scoring
 from ctrlib.config import ConfigError
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.graph import GraphOptions
@@ -433,6 +433,19 @@ def evaluate(
     print(json_text(report))
     if segments is not None:
         _print_segments(by or "", segments)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A run or artifact folder, or a run on nodes.")],
+    out: Annotated[str, typer.Option(help="The Parquet file to write.")],
+    data: Annotated[
+        str | None, typer.Argument(help="Raw rows; of a run on nodes the new ones, or nothing for all known.")
+    ] = None,
+    edges: Annotated[str | None, typer.Option(help="Edges of the new nodes.")] = None,
+) -> None:
+    """Write the probabilities of raw rows, in their order; or those of nodes, with their ids."""
+    print(f"{scoring.predict_run(run, data, out, edges=edges):,} rows written to {out}")
 
 
 @app.command()

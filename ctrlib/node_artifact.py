@@ -133,6 +133,11 @@ class NodeArtifact:
             return _probability(cast(CatGCN, self.artifact.model).propagation(self.hidden, self.adjacency.normalized()))
 
 
+def is_node_run(run: str | Path) -> bool:
+    """Whether the folder was written by :func:`train_nodes`."""
+    return (Path(run) / "graph" / "graph.json").is_file()
+
+
 def load_nodes(run: str | Path) -> NodeArtifact:
     """Read a run of :func:`train_nodes`.
 
@@ -140,7 +145,7 @@ def load_nodes(run: str | Path) -> NodeArtifact:
         DataError: no such run, or a file is missing or damaged.
     """
     folder = Path(run) / "graph"
-    if not (folder / "graph.json").is_file():
+    if not is_node_run(run):
         raise DataError(f"{run} is no run on nodes (no graph/graph.json); expected a folder written by ctrlib train --nodes")
     info = artifact.read_json(folder / "graph.json")
     columns = {key: info[key] for key in ("id", "source", "target") if isinstance(info.get(key), str)}

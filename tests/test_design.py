@@ -38,7 +38,7 @@ LAYERS = (
     {"models"},
     {"artifact", "hoisting"},
     {"node_artifact", "ranking"},
-    {"export", "service"},
+    {"export", "service", "scoring"},
     {"experiment"},
     {"search", "nodes"},
     {"cli", "__main__"},
