@@ -98,6 +98,7 @@ def test_onnx(loaded: Artifact, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler meets deprecations of its own
 def test_aoti(loaded: Artifact, tmp_path: Path) -> None:
     export(loaded, tmp_path / "aoti", "aoti")
     assert differences(loaded, tmp_path / "aoti")["program"] <= TOLERANCE
