@@ -82,12 +82,14 @@ def _claim(target: Path) -> Path:
 
 def _clear(part: Path) -> None:
     """Remove what a writer that is gone left unfinished; nothing else."""
-    if (part / KEPT).is_file():
+    writer = _writer(part) if (part / WRITER).is_file() else None
+    kept = (part / KEPT).is_file()
+    if writer is not None and not (kept and writer == os.getpid()):  # of this process, weights are what an error left
+        raise DataError(f"{part.name.removesuffix('.part')}: another process is writing it; choose another folder, or wait")
+    if kept:
         raise DataError(f"{part} holds the weights of a run that was not finished; move or remove it")
     if not (part / WRITER).is_file():
         raise DataError(f"{part} is in the way, and not an unfinished folder of ours; move or remove it")
-    if _writer(part) is not None:
-        raise DataError(f"{part.name.removesuffix('.part')}: another process is writing it; choose another folder, or wait")
     shutil.rmtree(part)
 
 

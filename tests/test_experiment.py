@@ -606,19 +606,22 @@ class TestExperiment:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("files", "message"),
     [
-        ("writer.pid", str(os.getppid()), "another process is writing it"),
-        ("thesis.txt", "mine", "not an unfinished folder of ours"),
-        ("best.safetensors", "weights", "holds the weights of a run that was not finished"),
+        ({"writer.pid": str(os.getppid())}, "another process is writing it"),
+        ({"writer.pid": str(os.getppid()), "best.safetensors": "weights"}, "another process is writing it"),
+        ({"thesis.txt": "mine"}, "not an unfinished folder of ours"),
+        ({"best.safetensors": "weights"}, "holds the weights of a run that was not finished"),
+        ({"writer.pid": str(os.getpid()), "best.safetensors": "weights"}, "holds the weights of a run that was not finished"),
     ],
 )
-def test_what_may_be_of_use_is_left_alone(data: Path, tmp_path: Path, file: str, text: str, message: str) -> None:
+def test_what_may_be_of_use_is_left_alone(data: Path, tmp_path: Path, files: dict[str, str], message: str) -> None:
     (tmp_path / "run.part").mkdir()
-    (tmp_path / "run.part" / file).write_text(text)
+    for file, text in files.items():
+        (tmp_path / "run.part" / file).write_text(text)
     with pytest.raises(DataError, match=message):
         train(str(data / "train.parquet"), configure("lr"), tmp_path / "run", DataOptions(label="label"))
-    assert (tmp_path / "run.part" / file).read_text() == text
+    assert {path.name: path.read_text() for path in (tmp_path / "run.part").iterdir()} == files
 
 
 def test_an_inferred_schema_sees_training_rows_only(tmp_path: Path) -> None:
