@@ -674,14 +674,20 @@ def _point(label: str, run: Mapping[str, Any]) -> dict[str, Any]:
 def _draw(class_of_figures: Any, points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure = class_of_figures(figsize=(7, 4.5))
     axes = figure.subplots()
-    for point in points:
-        if point["valid_auc"] is None or math.isnan(point["valid_auc"]):  # of rows of one label
-            continue
-        chosen = point["label"] in ("before", "after")
-        axes.scatter(point["parameters"], point["valid_auc"], marker="s" if chosen else "o", color="C3" if chosen else "C0")
-        axes.annotate(point["label"], (point["parameters"], point["valid_auc"]), xytext=(4, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="parameters", ylabel="validation AUC, one seed", title=title)
+    shown = [p for p in points if not math.isnan(p["valid_auc"] or math.nan)]  # undefined of rows of one label
+    for i, point in enumerate(shown):
+        mark = {"before": ("s", "black"), "after": ("s", "C3")}.get(point["label"], ("o", f"C{i + 4}"))
+        axes.scatter(point["parameters"], point["valid_auc"], marker=mark[0], color=mark[1], label=point["label"])
+    axes.set(xlabel="parameters", ylabel="validation AUC, one seed", title=title)
+    sizes = [p["parameters"] for p in shown]
+    if sizes and max(sizes) > 10 * min(sizes):
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
+    if shown:
+        axes.legend()
     save_png(figure, path)
 
 

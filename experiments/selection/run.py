@@ -279,9 +279,9 @@ INTRO = """# Selection on real rows
 deviation. Differences are to the first row, seed by seed. The test rows are read by the runs alone. Settings and all metrics of
 all runs are in `results/`. What both methods do on rows whose law is known: [planted.md](planted.md).
 
-* Frappe, OptInter: better than its own factorised and naive models and, on average, than choices drawn at random; its AUC is that
-  of all pairs memorised, with a fifth fewer parameters, while its log loss varies more with the seed. On the sample of Criteo
-  the models differ by no more than their seeds do.
+* Frappe, OptInter: better than its own factorised and naive models and, on average, than choices drawn at random; its AUC is
+  that of all pairs memorised, with a fifth fewer parameters, while its log loss varies more with the seed. On the sample of
+  Criteo the models differ by no more than their seeds do.
 * Frappe, OptFS: a seventh of the values goes without loss; two fifths do not. Negatives were drawn from all apps, so no app is
   rare, and apps are three quarters of the values.
 * Sample of Criteo, OptFS: three tenths of the values go without loss. As many values chosen by frequency do as well.
