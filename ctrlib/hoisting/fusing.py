@@ -15,7 +15,7 @@ _MIN_OUT = 16  # of narrower layers packing makes the product slower
 def fuse(module: fx.GraphModule) -> fx.GraphModule:
     """The module with its layers packed, where torch has the operations that ``torch.compile`` uses for that on a CPU.
 
-    At 100 candidates a layer of 400 costs about a quarter less so: for few rows, the weights are most of what is read.
+    This helps most where rows are few: then the weights are most of what is read, and packing them most of the work.
 
     Args:
         module: made for inference, on a CPU; it is changed.
