@@ -117,9 +117,20 @@ def write_json(path: Path, data: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text under a temporary name, then rename."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file ``<target>.part`` that takes the place of ``target`` at the end of the block, and is removed after an error."""
+    part = target.with_name(target.name + ".part")
+    try:
+        yield part
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def json_text(data: object) -> str:

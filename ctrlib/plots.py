@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctrlib.config import ConfigError
+from ctrlib.files import new_file
 from ctrlib.schema import DataError
 
 
@@ -27,10 +28,8 @@ def figure_class(what: str = "plot") -> Any:
 
 def save_png(figure: Any, path: str | Path) -> None:
     """Write a figure."""
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-    part.replace(target)
+    with new_file(Path(path)) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
 
 
 def plot_gates(gate_UK: ArrayLike, lengths_U: ArrayLike, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from ctrlib import artifact
 from ctrlib.config import ConfigError
 from ctrlib.data.graph import node_ids
 from ctrlib.data.source import open_source
+from ctrlib.files import new_file
 from ctrlib.node_artifact import is_node_run, load_nodes
 from ctrlib.schema import DataError
 
@@ -38,12 +39,10 @@ def predict_run(run: str | Path, data: object, out: str | Path, *, edges: object
     if not target.parent.is_dir():
         raise DataError(f"{target.parent} is no folder; make it, or choose another place for {target.name}")
     table = _of_nodes(run, data, edges) if is_node_run(run) else _of_rows(run, data, edges)
-    part = target.with_name(target.name + ".part")
     try:
-        pq.write_table(table, part)
-        part.replace(target)
+        with new_file(target) as part:
+            pq.write_table(table, part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DataError(f"{target} cannot be written: {error}") from error
     return int(table.num_rows)
 

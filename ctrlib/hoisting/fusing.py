@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,9 +38,10 @@ def _fixed(module: fx.GraphModule, node: Any) -> Tensor | None:
     """The float32 weight that an argument is, if it is wide enough."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    weight = module.get_buffer(str(node.target)) if str(node.target) in dict(module.named_buffers()) else None
-    usable = weight is not None and weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.dim() == 2
-    return weight if usable and len(cast(Tensor, weight)) >= _MIN_OUT else None
+    weight = getattr(module, str(node.target))
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.dim() != 2:
+        return None
+    return weight if len(weight) >= _MIN_OUT else None
 
 
 def _pack(module: fx.GraphModule, node: fx.Node, weight: Tensor) -> None:

@@ -17,8 +17,10 @@ from ctrlib.hoisting.values import Context, Full, Hoisted, Many, NoRuleError, Pa
 aten = torch.ops.aten
 
 _SKIPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
-_MOVING = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.unflatten.int, aten.unsqueeze.default}
-_MOVING |= {aten.squeeze.dim, aten.transpose.int, aten.mT.default, aten.permute.default, aten.dropout.default}
+VIEWS = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.unflatten.int, aten.unsqueeze.default}
+VIEWS |= {aten.squeeze.dim}
+TRANSPOSES = {aten.transpose.int, aten.mT.default, aten.permute.default}
+_MOVING = {*VIEWS, *TRANSPOSES, aten.dropout.default}
 _CHEAP = 32  # so many multiplications for a number cost less than to join that number with others
 _MULTIPLYING = {aten.linear.default, aten.matmul.default, aten.einsum.default, aten.conv2d.default}
 

@@ -12,20 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ctrlib.hoisting.rewriter import Rewriter
+from ctrlib.hoisting.rewriter import TRANSPOSES, VIEWS, Rewriter
 from ctrlib.hoisting.values import Context, Full, Many, NoRuleError, Parts, Rows, Static, Value
 
 aten = torch.ops.aten
 
-_VIEWS = {
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-}
-_TRANSPOSES = {aten.transpose.int, aten.mT.default, aten.permute.default}
 _POINTWISE = {aten.dropout.default, aten.to.dtype, aten.contiguous.default, aten.detach.default, aten.where.ScalarSelf}
 _POINTWISE |= {aten.where.ScalarOther, aten.masked_fill.Scalar, aten.rsub.Scalar, aten.square.default, aten.embedding.default}
 
@@ -48,9 +39,9 @@ def rewrite(r: Rewriter, node: fx.Node) -> Value:
         NoRuleError: the pieces have to be joined.
     """
     target: Any = node.target
-    if target in _VIEWS:
+    if target in VIEWS:
         return _view(r, node)
-    if target in _TRANSPOSES:
+    if target in TRANSPOSES:
         return _transpose(r, node)
     rule = _RULES.get(target)
     if rule is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrlib.config import ConfigError
-from ctrlib.files import write_json, write_text
+from ctrlib.files import new_file, write_json, write_text
 from ctrlib.plots import figure_class
 
 _STYLE = (
@@ -28,9 +28,8 @@ def write_report(report: Mapping[str, Any], target: Path) -> None:
     write_text(target / "report.md", markdown(report))
     picture = _curve(report)
     if picture is not None:
-        part = target / "curve.png.part"
-        part.write_bytes(picture)
-        part.replace(target / "curve.png")
+        with new_file(target / "curve.png") as part:
+            part.write_bytes(picture)
     write_text(target / "report.html", page(report, picture))
 
 

@@ -17,6 +17,7 @@ from ctrlib.search import finish as finishing  # noqa: E402
 from ctrlib.search.budget import Budget  # noqa: E402
 from ctrlib.search.finish import Finalist  # noqa: E402
 from ctrlib.search.sampling import open_storage  # noqa: E402
+from ctrlib.search.space import Space  # noqa: E402
 from ctrlib.search.trials import Stores  # noqa: E402
 from ctrlib.search.tuning import _clock, _used  # noqa: E402
 from ctrlib.search.worker import SearchConfig, Work  # noqa: E402
@@ -77,27 +78,17 @@ def test_a_run_that_another_process_is_at_work_on_is_waited_for(tmp_path: Path, 
         assert not part.exists()
 
 
+def a_task(folder: Path, space: Space, out: Path) -> finishing._Task:
+    stores = Stores(base=folder, folder=folder)
+    return finishing._Task(finalist=FINALIST, space=space, stores=stores, metric="auc", seed=0, out=out)
+
+
 def test_processes_of_a_search_that_is_gone_begin_no_run(tmp_path: Path) -> None:
-    task = finishing._Task(
-        finalist=FINALIST,
-        space=spaces.invalid,
-        stores=Stores(base=tmp_path, folder=tmp_path),
-        metric="auc",
-        seed=0,
-        out=tmp_path,
-    )
-    finishing._run_some([task], threads=1, parent=os.getppid() + 1)
+    finishing._run_some([a_task(tmp_path, spaces.invalid, tmp_path)], threads=1, parent=os.getppid() + 1)
 
 
 def test_test_metrics_are_kept_by_folder_and_seeds(tmp_path: Path) -> None:
-    task = finishing._Task(
-        finalist=FINALIST,
-        space=spaces.small,
-        stores=Stores(base=tmp_path, folder=tmp_path),
-        metric="auc",
-        seed=0,
-        out=tmp_path / "finish" / "trial-3-1" / "seed-0",
-    )
+    task = a_task(tmp_path, spaces.small, tmp_path / "finish" / "trial-3-1" / "seed-0")
     tasks = [task, dataclasses.replace(task, seed=1, out=task.out.with_name("seed-1"))]
     entry = {"trial": 3, "by_seed": {"0": 0.7, "1": 0.8}}
     (tmp_path / "test.json").write_text('{"3": {"auc": 0.1}, "trial-3-1, seeds 0, 1": {"auc": 0.2}}')
