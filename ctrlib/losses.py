@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +138,8 @@ def info_nce(
             f"the two views have shapes {tuple(anchor_BD.shape)} and {tuple(positive_BD.shape)}; expected one vector for every "
             "row in each, of the same width"
         )
+    if not len(anchor_BD):
+        return (anchor_BD * positive_BD).sum()
     # No autocast: a similarity rounded to half precision and divided by a small temperature is off by whole units.
     with torch.autocast(anchor_BD.device.type, enabled=False):
         dtype = torch.promote_types(anchor_BD.dtype, torch.float32)
@@ -153,16 +154,43 @@ def info_nce(
         views = [(anchor_BD, positive_BD), (positive_BD, anchor_BD)] if symmetric else [(anchor_BD, positive_BD)]
         losses = []
         for a_BD, p_BD in views:
-            own_B1 = (a_BD * p_BD).sum(1, keepdim=True) / temperature
+            own_B = (a_BD * p_BD).sum(1) / temperature
             others_BD = p_BD if negatives_from == "positive" else a_BD
-            others_BB = (a_BD @ others_BD.T / temperature).masked_fill(closed_BB, -math.inf)
+            shut_BB = closed_BB
             if num_negatives is not None:
-                keys_BB = torch.rand_like(others_BB).masked_fill(closed_BB, -1.0)
-                others_BB = others_BB.gather(1, keys_BB.topk(min(num_negatives, len(keys_BB)), dim=1).indices)
-            loss_B = torch.logsumexp(torch.cat([own_B1, others_BB], dim=1), dim=1) - own_B1.squeeze(1)
+                keys_BB = torch.rand(closed_BB.shape, device=a_BD.device).masked_fill_(closed_BB, -1.0)
+                chosen_BN = keys_BB.topk(min(num_negatives, len(keys_BB)), dim=1).indices
+                shut_BB = torch.ones_like(closed_BB).scatter(1, chosen_BN, closed_BB.gather(1, chosen_BN))
+            apply: Any = _LogSumExp.apply
+            # ln(e^own + e^rest) − own = −ln σ(own − rest)
+            loss_B = -F.logsigmoid(own_B - apply(a_BD / temperature, others_BD, shut_BB))
             losses.append(loss_B if rows_B is None else torch.where(rows_B, loss_B, 0.0))
         count = max(anchor_BD.shape[0], 1) if rows_B is None else rows_B.sum().clamp(min=1)
         return torch.stack(losses).mean(0).sum() / count
+
+
+class _LogSumExp(torch.autograd.Function):
+    """ln Σ e^{⟨a_i, o_l⟩} over the l that are not closed to i, −∞ where all are: [B, D], [B, D], [B, B] → [B].
+
+    What is kept is the softmax, so that the gradient is two products; that of the single steps reads and writes [B, B] numbers
+    many times more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_BD: Tensor, o_BD: Tensor, closed_BB: Tensor) -> Tensor:
+        share_BB = a_BD @ o_BD.T
+        top_B1 = share_BB.masked_fill(closed_BB, torch.finfo(a_BD.dtype).min).amax(1, keepdim=True)
+        # Zeros are put in after the exponential: that of −∞ takes five times as long.
+        share_BB = share_BB.sub_(top_B1).clamp_(max=0.0).exp_().masked_fill_(closed_BB, 0.0)
+        total_B1 = share_BB.sum(1, keepdim=True)
+        ctx.save_for_backward(a_BD, o_BD, share_BB.div_(total_B1.clamp(min=torch.finfo(a_BD.dtype).tiny)))
+        return (total_B1.log() + top_B1).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        a_BD, o_BD, share_BB = ctx.saved_tensors
+        grad_B1 = grads[0].unsqueeze(1)
+        return grad_B1 * (share_BB @ o_BD), share_BB.T @ (grad_B1 * a_BD), None
 
 
 @torch.no_grad()

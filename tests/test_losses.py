@@ -225,6 +225,33 @@ def test_info_nce_left_out_rows_get_no_gradient() -> None:
         assert gradient[0].any()
 
 
+@pytest.mark.parametrize("source", ["anchor", "positive"])
+@pytest.mark.parametrize("num_negatives", [None, 2])
+def test_info_nce_has_the_gradient_of_its_values(source: Any, num_negatives: int | None) -> None:
+    """Central differences, with excluded pairs, a row without any negative and one that is left out."""
+    torch.manual_seed(4)
+    anchor, positive = (torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    excluded = exclusions({(0, 1), (1, 0), (2, 4)} | {(5, i) for i in range(6)}, 6)
+    rows = torch.tensor([True, True, True, False, True, True])
+
+    def loss(a: Tensor, p: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the same negatives every time
+        return info_nce(
+            a, p, similarity="dot", negatives_from=source, exclude_BB=excluded, rows_B=rows, num_negatives=num_negatives
+        )
+
+    assert torch.autograd.gradcheck(loss, (anchor, positive))
+
+
+def test_an_excluded_row_changes_nothing_however_like_it_is() -> None:
+    anchor = torch.tensor([[1.0, 0.0], [1e4, 0.0], [0.5, 0.5]], requires_grad=True)
+    found = info_nce(anchor, anchor, similarity="dot", temperature=1.0, exclude_BB=exclusions({(0, 1), (1, 0), (2, 1)}, 3))
+    backward(found)
+    assert found.item() == pytest.approx((math.log(1 + math.exp(0.5 - 1)) + math.log(1 + math.exp(0.5 - 0.5))) / 3, abs=1e-6)
+    assert anchor.grad is not None
+    assert anchor.grad.isfinite().all()
+
+
 def test_info_nce_draws_negatives_among_those_allowed() -> None:
     torch.manual_seed(5)
     anchor, positive = torch.randn(2, 30, 4, dtype=torch.float64)
