@@ -31,8 +31,7 @@ class Dice(nn.Module):
         """[N, units] → [N, units]."""
         training = self.training and s_NU.shape[0] > 1
         normed_NU = F.batch_norm(s_NU, self.mean, self.variance, training=training, momentum=self.momentum, eps=self.eps)
-        p_NU = torch.sigmoid(normed_NU)
-        return s_NU * (p_NU + (1 - p_NU) * self.alpha)
+        return s_NU * torch.addcmul(self.alpha, torch.sigmoid(normed_NU), 1 - self.alpha)
 
 
 @contextmanager

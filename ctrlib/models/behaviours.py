@@ -199,8 +199,8 @@ class ActivationUnit(Component, nn.Module):
         """[N, d], [B, d], [N] → [N, q]."""
         own, context, difference, product = self.first.weight.chunk(4, dim=1)
         context_BU = F.linear(c_BW, context - difference, self.first.bias)
-        y_NU = F.linear(h_NW, own + difference) + F.linear(h_NW * expand(c_BW, row_N), product)
-        return cast(Tensor, self.rest(y_NU + expand(context_BU, row_N)))
+        y_NU = torch.addmm(expand(context_BU, row_N), h_NW, (own + difference).T)
+        return cast(Tensor, self.rest(torch.addmm(y_NU, h_NW * expand(c_BW, row_N), product.T)))
 
     def __call__(self, h_NW: Tensor, c_BW: Tensor, row_N: Tensor) -> Tensor:
         return cast(Tensor, super().__call__(h_NW, c_BW, row_N))
