@@ -40,7 +40,7 @@ from ctrlib.calibration import (
 )
 from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
 from ctrlib.data.encoder import Encoder
-from ctrlib.data.loader import Loader, StreamLoader
+from ctrlib.data.loader import EVALUATION_ROWS, Loader, StreamLoader
 from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import Source, open_source
 from ctrlib.data.split import SplitBy, split_rows
@@ -359,7 +359,7 @@ def _train(
             ) from error
     pin = device.type == "cuda"
     loaders = {
-        split: loader(split, max(config.batch_size, 8192), shuffle=False, seed=0, config=config, pin=pin)
+        split: loader(split, max(config.batch_size, EVALUATION_ROWS), shuffle=False, seed=0, config=config, pin=pin)
         for split in evaluated
         if split in row_counts
     }
@@ -576,7 +576,7 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
             raise DataError(f"store {data} was made by another encoder than the model's; evaluate on raw rows instead")
         if by is not None:
             raise DataError("a store holds ids, not raw values; evaluate on raw rows to see segments (--by)")
-        return measure(loaded.calibrated(predict(loaded.model, Loader(store.split("test"), 8192))), labels)
+        return measure(loaded.calibrated(predict(loaded.model, Loader(store.split("test"), EVALUATION_ROWS))), labels)
     table = open_source(data, "the table")
     if table.num_rows == 0:
         raise DataError(f"{table.name} has no rows; expected at least one")
@@ -630,7 +630,7 @@ def calibrate_run(
             raise DataError(f"store {data} was made by another encoder than the model's; calibrate on raw rows instead")
         if "valid" not in store.rows:
             raise DataError(f"store {data} has no validation rows to calibrate on; prepare it with some")
-        seen = predict(loaded.model, Loader(store.split("valid"), 8192))
+        seen = predict(loaded.model, Loader(store.split("valid"), EVALUATION_ROWS))
     else:
         seen = predict(loaded.model, loaded.batches(open_source(data, "the validation rows"), labels=True))
     assert seen.labels is not None

@@ -19,7 +19,7 @@ import torch
 
 from ctrlib import artifact
 from ctrlib.config import ConfigError
-from ctrlib.data.loader import Loader
+from ctrlib.data.loader import EVALUATION_ROWS, Loader
 from ctrlib.experiment import train
 from ctrlib.files import WRITER, discard_unfinished, json_text, new_folder, write_json
 from ctrlib.schema import DataError
@@ -271,7 +271,9 @@ def _tested(
             store = mine[0].stores.of(mine[0].finalist.candidate(mine[0].space))
             runs = [
                 evaluate(
-                    artifact.load(task.out).model, Loader(store.split("test"), 8192), label_names=store.encoder.schema.labels
+                    artifact.load(task.out).model,
+                    Loader(store.split("test"), EVALUATION_ROWS),
+                    label_names=store.encoder.schema.labels,
                 )
                 for task in mine
             ]

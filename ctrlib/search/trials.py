@@ -15,7 +15,7 @@ from torch import nn
 
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError
-from ctrlib.data.loader import Loader
+from ctrlib.data.loader import EVALUATION_ROWS, Loader
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, check_cross_memory, prepare, torch_device
 from ctrlib.models.ctr import ModelComponent, build_model
@@ -28,7 +28,6 @@ Metric = Literal["log_loss", "auc"]
 LATENCY_ROWS = 100  # candidates of one request
 _LATENCY_CALLS = 15
 _PROBE_STEPS = 5
-_EVALUATION_ROWS = 8192
 _POLL_SECONDS = 0.5
 
 
@@ -140,7 +139,7 @@ def train_on(
     assert run.batch_size is not None
     model = _model(store, run, seed)
     rows = Loader(store.split("train"), run.batch_size, shuffle=True, seed=seed, rows=chosen, workers=run.workers)
-    valid = Loader(store.split("valid"), _EVALUATION_ROWS, workers=run.workers)
+    valid = Loader(store.split("valid"), EVALUATION_ROWS, workers=run.workers)
     labels = store.encoder.schema.labels
     result = fit(model, rows if deadline is None else _Until(rows, deadline), valid, run.fit, label_names=labels)
     if result.interrupted:
@@ -202,9 +201,9 @@ def estimate(store: Store, run: RunConfig, fraction: float) -> float:
     fit(model, rows, None, once)
     epoch = (time.perf_counter() - started) * fraction * split.num_rows / len(some)
     valid = store.split("valid")
-    part = torch.arange(min(valid.num_rows, _EVALUATION_ROWS))
+    part = torch.arange(min(valid.num_rows, 4 * EVALUATION_ROWS))
     started = time.perf_counter()
-    predict(model, Loader(valid, _EVALUATION_ROWS, rows=part, workers=0))
+    predict(model, Loader(valid, EVALUATION_ROWS, rows=part, workers=0))
     evaluation = (time.perf_counter() - started) * valid.num_rows / len(part)
     return (epoch + evaluation) * (run.fit.epochs if run.fit.patience is None else min(run.fit.epochs, 2))
 
