@@ -9,11 +9,11 @@ from typing import Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Ragged
 from ctrlib.config import Component, ConfigError, check_choice, fraction, positive
+from ctrlib.dropout import dropout
 from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, BatchLayout, FieldLayout, SequenceColumn, SparseColumn, suggest
 from ctrlib.table import EmbeddingTable
 
@@ -146,7 +146,7 @@ class FeatureEmbedding(Component, nn.Module):
         tokens += [numbers(batch.dense) for numbers in (self.scalars, self.piecewise) if numbers is not None]
         tokens += [t for table in self._tables for t in table.pool(batch.sequences)]
         x_BFD = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-        return F.dropout(x_BFD, self.config.dropout, self.training)
+        return dropout(x_BFD, self.config.dropout, self.training)
 
     def __call__(self, batch: Batch) -> Tensor:
         return cast(Tensor, super().__call__(batch))
@@ -157,7 +157,7 @@ class FeatureEmbedding(Component, nn.Module):
         Gates, projections and dropout are those of tokens.
         """
         table = next(table for table in self._tables if field in table.places)
-        return F.dropout(table.read([ids_N], [field]).squeeze(1), self.config.dropout, self.training)
+        return dropout(table.read([ids_N], [field]).squeeze(1), self.config.dropout, self.training)
 
     def attributes(self, history: str) -> FieldLayout:
         """The A attributes of a history that this embedding reads, and D: axes 1 and 2 of what the next two methods return.
@@ -192,7 +192,7 @@ class FeatureEmbedding(Component, nn.Module):
                 if (inner := batch.sequences[name].inner) is not None:
                     parts[name] = table.bags(batch.sequences[name].values, inner, name).unsqueeze(1)
         x_NAD = parts[""] if "" in parts else torch.cat([parts[name] for name in names], dim=1)
-        return Behaviours(F.dropout(x_NAD, self.config.dropout, self.training), batch.sequences[names[0]].offsets)
+        return Behaviours(dropout(x_NAD, self.config.dropout, self.training), batch.sequences[names[0]].offsets)
 
     def targets(self, batch: Batch, history: str) -> Tensor:
         """What the candidate has for the attributes of a history: rows of the same tables. Shape: Batch → [B, A, D].
@@ -217,7 +217,7 @@ class FeatureEmbedding(Component, nn.Module):
                 if target not in table.sparse_at:
                     bag = batch.sequences[target].flat
                     parts[name] = table.bags(bag.values, bag.offsets, target).unsqueeze(1)
-        return F.dropout(torch.cat([parts[name] for name in names], dim=1), self.config.dropout, self.training)
+        return dropout(torch.cat([parts[name] for name in names], dim=1), self.config.dropout, self.training)
 
     @property
     def vocabularies(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.interactions.pairs import Pairs, check_pairs, pair_labels
 from ctrlib.schema import FieldLayout
@@ -46,8 +47,8 @@ class AFM(Interaction):
         self.pairs = Pairs(layout.num_fields)
         self.hidden = nn.Linear(layout.dim, config.attention_dim)
         self.score = nn.Linear(config.attention_dim, 1, bias=False)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.dropout)
         self.out = FieldLayout(("afm",), layout.dim)
         self.axes = {"attention": (pair_labels(layout.names),)}
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
@@ -128,7 +129,7 @@ class InteractingLayer(nn.Module):
         # NOTE[DIFF] no normalisation in the paper: after the ReLU in the authors' code, before it in FuxiCTR.
         self.norm_before = nn.LayerNorm(width, eps=config.norm_eps) if config.norm == "before_relu" else None
         self.norm_after = nn.LayerNorm(width, eps=config.norm_eps) if config.norm == "after_relu" else None
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
 
     def project(self, linear: nn.Module, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → [B, F, A] by one of the four projections."""

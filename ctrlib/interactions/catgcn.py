@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, check_choice, check_not_negative, fraction, positive
+from ctrlib.dropout import dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import MLP
 from ctrlib.interactions.pairs import sum_of_products
@@ -159,7 +159,7 @@ class CatInteraction(Interaction):
 
     def _activate(self, smooth: Tensor) -> Tensor:
         assert self.linear is not None
-        return F.dropout(self.linear(smooth).relu(), self.config.dropout, self.training)
+        return dropout(self.linear(smooth).relu(), self.config.dropout, self.training)
 
     def _fuse(self, found: dict[str, Tensor]) -> Tensor:
         if self.config.output_dim is None:

@@ -8,6 +8,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import ACTIVATIONS, Activation
 from ctrlib.schema import FieldLayout
@@ -68,7 +69,7 @@ class ResidualUnit(nn.Module):
         self.second = nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[config.activation]()
         self.norm = nn.BatchNorm1d(width) if config.norm == "batch" else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BN: Tensor) -> Tensor:
         # The second activation comes after the sum, as in the residual networks that the paper builds on, and in FuxiCTR.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.pairs import check_pairs
 from ctrlib.schema import FieldLayout
@@ -112,7 +113,7 @@ class DisentangledLayer(nn.Module):
         self.unary = nn.Linear(width_in, config.num_heads, bias=False)
         self.residual = nn.Linear(width_in, width) if config.residual == "each_layer" else None
         # NOTE[DIFF] the authors' code drops out when scoring too; here, as in FuxiCTR, in training only.
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
 
     def heads(self, linear: nn.Linear, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → projected [B, H, F, A/H]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.schema import FieldLayout
 
@@ -102,7 +103,7 @@ class EDCNLayer(nn.Module):
         self.cross = nn.Linear(width, 1, bias=False)
         self.bias = nn.Parameter(torch.zeros(width))
         self.deep = nn.Linear(width, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.kind = config.bridge
         self.bridge: nn.Module = nn.Identity()
         if config.bridge == "concat":

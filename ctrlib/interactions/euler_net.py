@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
@@ -95,8 +96,8 @@ class EulerLayer(nn.Module):
         nn.init.xavier_uniform_(self.implicit.weight)
         self.norm_re = nn.LayerNorm(width) if config.norm == "layer" else nn.Identity()
         self.norm_im = nn.LayerNorm(width) if config.norm == "layer" else nn.Identity()
-        self.explicit_dropout = nn.Dropout(config.explicit_dropout)
-        self.implicit_dropout = nn.Dropout(config.implicit_dropout)
+        self.explicit_dropout = Dropout(config.explicit_dropout)
+        self.implicit_dropout = Dropout(config.implicit_dropout)
 
     def forward(self, re_BFD: Tensor, im_BFD: Tensor) -> tuple[Tensor, Tensor]:
         modulus_BFD = 0.5 * (re_BFD.square() + im_BFD.square() + 1e-8).log()

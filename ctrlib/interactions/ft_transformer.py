@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
@@ -116,9 +117,9 @@ class FTLayer(nn.Module):
         self.norm_ffn = nn.LayerNorm(width)
         self.ffn_in = nn.Linear(width, 2 * ffn_dim)
         self.ffn_out = nn.Linear(ffn_dim, width)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
-        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
+        self.ffn_dropout = Dropout(config.ffn_dropout)
+        self.residual_dropout = Dropout(config.residual_dropout)
 
     def heads(self, y_BLD: Tensor) -> Tensor:
         """[B, L, D] → [B, H, L, D/H]."""

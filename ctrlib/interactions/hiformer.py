@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.token_linear import Composite, TokenLinear, TokenNorm
 from ctrlib.schema import FieldLayout
@@ -188,8 +189,8 @@ class HiformerLayer(nn.Module):
                 linear(width, ffn_dim, shared=shared, bias=True), nn.GELU(), linear(ffn_dim, width, shared=shared, bias=True)
             )
             self.norm_ffn = norm(num_outputs)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.dropout)
 
     def before(self, x_BLD: Tensor) -> Tensor:
         """What attention reads: the tokens, normalised if the norm comes first."""

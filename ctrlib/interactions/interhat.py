@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.schema import FieldLayout
 
@@ -74,7 +75,7 @@ class InterHAt(Interaction):
         self.query, self.key, self.value = projection(), projection(), projection()
         has_output = config.output == "always" or width != dim
         self.output = nn.Linear(width, dim, bias=relu) if has_output else None
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
         # NOTE[DIFF] torch's ε of 1e-5; the authors' code adds 1e-8 to the variance.
         self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))

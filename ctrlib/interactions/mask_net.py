@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating, numbered
 from ctrlib.interactions.token_linear import TokenNorm
 from ctrlib.schema import FieldLayout
@@ -31,7 +32,7 @@ class MaskBlock(nn.Module):
         self.mask = nn.Sequential(nn.Linear(width_e, aggregation), nn.ReLU(), nn.Linear(aggregation, width_h))
         self.hidden = nn.Linear(width_h, width_out, bias=False)
         self.norm = nn.LayerNorm(width_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, e_BN: Tensor, h_BH: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(F.relu(self.norm(self.hidden(self.mask(e_BN) * h_BH)))))

@@ -8,6 +8,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.dice import Dice
 from ctrlib.schema import FieldLayout
@@ -42,7 +43,7 @@ def after_linear(units: int, *, norm: Norm, activation: UnitActivation, dropout:
         layers.append(nn.BatchNorm1d(units) if norm == "batch" else nn.LayerNorm(units))
     layers.append(activation_layer(activation, units))
     if dropout > 0:
-        layers.append(nn.Dropout(dropout))
+        layers.append(Dropout(dropout))
     return layers
 
 

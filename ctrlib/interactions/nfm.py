@@ -8,6 +8,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from ctrlib.config import fraction
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.pairs import sum_of_products
 from ctrlib.schema import FieldLayout
@@ -39,7 +40,7 @@ class BiInteraction(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(layout.dim) if config.norm == "batch" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.out = FieldLayout(("bi_interaction",), layout.dim)
 
     def forward(self, x_BFD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.token_linear import TokenLinear
 from ctrlib.schema import FieldLayout
@@ -88,7 +89,7 @@ class RankMixerLayer(nn.Module):
             TokenLinear(config.num_tokens, width, hidden, bias=True),
             nn.GELU(),
             TokenLinear(config.num_tokens, hidden, width, bias=True),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
 
     def forward(self, x_BTD: Tensor) -> Tensor:

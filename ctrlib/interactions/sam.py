@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.config import ConfigError, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction, evaluating
 from ctrlib.schema import FieldLayout
 
@@ -114,7 +115,7 @@ class SAMLayer(nn.Module):
         self.weight_FFD = nn.Parameter(torch.ones(fields, fields, dim)) if config.kind.endswith("a") else None
         self.key = None if self.pairs else nn.Linear(dim, dim, bias=False)
         self.residual = nn.Linear(dim, dim, bias=False) if config.residual else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def attention(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → s [B, F, F]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, fraction, positive
+from ctrlib.dropout import Dropout
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.base import Axes, Interaction, build, evaluating, numbered
 from ctrlib.interactions.mlp import MLP
@@ -150,7 +151,7 @@ class _Layer(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, ffn_dim), nn.LeakyReLU(), nn.Linear(ffn_dim, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def heads(self, y_BLW: Tensor) -> Tensor:
         """[B, L, W] → [B, H, L, W/H]."""

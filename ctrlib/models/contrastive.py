@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
 from ctrlib.config import ConfigError, check_choice, check_not_negative, fraction, positive
+from ctrlib.dropout import dropout
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.base import Axes, Interaction, build, evaluating
 from ctrlib.interactions.dice import Dice
@@ -54,7 +54,7 @@ class ContrastConfig:
             fraction(f"contrast.{name}", getattr(self, name))
 
 
-def view(x_BFD: Tensor, chance_F: Tensor, dropout: float) -> Tensor:
+def view(x_BFD: Tensor, chance_F: Tensor, feature_dropout: float) -> Tensor:
     """A random view of tokens: fields become zero vectors with their chance, coordinates of the others by dropout.
 
     A row keeps one of its present fields at least (a field is present unless its token is a zero vector).
@@ -62,7 +62,7 @@ def view(x_BFD: Tensor, chance_F: Tensor, dropout: float) -> Tensor:
     present_BF = (x_BFD != 0).any(-1)
     margin_BF = (torch.rand(present_BF.shape, device=x_BFD.device) - chance_F).masked_fill(~present_BF, -2.0)
     keep_BF = (margin_BF >= 0) | (margin_BF == margin_BF.amax(1, keepdim=True))
-    return F.dropout(x_BFD * keep_BF.unsqueeze(-1), dropout)
+    return dropout(x_BFD * keep_BF.unsqueeze(-1), feature_dropout)
 
 
 class Contrast(nn.Module):

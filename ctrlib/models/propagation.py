@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Edges
 from ctrlib.config import Component, ConfigError, check_choice, fraction, positive
+from ctrlib.dropout import dropout
 from ctrlib.ragged import segment_sum
 from ctrlib.schema import DataError
 
@@ -115,7 +116,7 @@ class Propagation(Component, nn.Module):
 
         if config.name == "gcn":
             for i, (layer, bias) in enumerate(zip(self.layers, self.biases, strict=True)):
-                x_BC = F.dropout(h_BC.relu(), config.dropout, self.training) if i else h_BC
+                x_BC = dropout(h_BC.relu(), config.dropout, self.training) if i else h_BC
                 h_BC = smooth(layer(x_BC)) + bias  # the last layer is narrow, so weights first
             return h_BC
         z_BC = h_BC

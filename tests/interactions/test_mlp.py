@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ctrlib.config import ConfigError
+from ctrlib.dropout import Dropout
 from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.mlp import ACTIVATIONS, MLP, Activation
 from ctrlib.schema import FieldLayout
@@ -75,7 +76,7 @@ def test_batch_norm_stands_between_linear_and_activation() -> None:
 def test_dropout_follows_every_hidden_layer_and_stops_in_eval() -> None:
     torch.manual_seed(5)
     block = MLP(MLP.Config(hidden_units=(200, 200), activation="sigmoid", dropout=0.5), LAYOUT)
-    assert [type(m) for m in block.layers] == [nn.Linear, nn.Sigmoid, nn.Dropout] * 2
+    assert [type(m) for m in block.layers] == [nn.Linear, nn.Sigmoid, Dropout] * 2
     x_BFD = torch.randn(50, 3, 2)
     assert 0.47 < (block(x_BFD) == 0).float().mean() < 0.53  # a sigmoid is never 0, so zeros are dropped units
     block.eval()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ctrlib.dropout
+import ctrlib.embedding
+import ctrlib.interactions.catgcn
+import ctrlib.models.propagation
 from ctrlib.batch import Batch, Edges, Ragged
 from ctrlib.config import ConfigError, from_json, to_json
 from ctrlib.data.adjacency import Adjacency
@@ -195,19 +200,23 @@ def test_blocks_computed_once_more_have_the_gradient_of_those_kept(name: Any) ->
 
 @pytest.mark.parametrize("name", ["sgc", "gcn"])
 def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 17 nodes with torch's own dropout, computed once more; and all nodes at once, dropping what those dropped."""
+    """Blocks of 17 nodes with dropout as it is, computed once more; and all nodes at once, dropping what those dropped."""
     options: dict[str, Any] = {"propagation": Propagation.Config(name=name, hops=2, dropout=0.4)}
-    dropout = F.dropout
+    users = (ctrlib.dropout, ctrlib.embedding, ctrlib.interactions.catgcn, ctrlib.models.propagation)
     masks: list[Tensor] = []
     wanted: list[Tensor] = []
 
-    def record(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def put(replacement: Callable[..., Tensor]) -> None:
+        for module in users:
+            monkeypatch.setattr(module, "dropout", replacement)
+
+    def record(x: Tensor, p: float, training: bool) -> Tensor:
         if p == 0:  # of the embeddings
             return x
-        masks.append(dropout(torch.ones_like(x), p, training))
+        masks.append(F.dropout(torch.ones_like(x), p, training))
         return x * masks[-1]
 
-    def replay(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def replay(x: Tensor, p: float, training: bool) -> Tensor:
         return x * wanted.pop(0) if p else x
 
     def gradient(model: CatGCN) -> tuple[float, dict[str, Tensor], int]:
@@ -217,7 +226,7 @@ def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any, monk
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}, drawn
 
-    monkeypatch.setattr(F, "dropout", record)
+    put(record)
     loss, expected, drawn = gradient(catgcn(block_nodes=17, **options))
     blocks, inside = math.ceil(120 / 17), 2  # the global part, and the hidden layer of the local one
     after = 1 if name == "gcn" else 0  # between its layers, of all nodes at once
@@ -225,7 +234,7 @@ def test_blocks_have_the_gradient_of_the_full_batch_with_dropout(name: Any, monk
     kept = masks[: blocks * inside]
     wanted += [torch.cat(kept[place::inside]) for place in range(inside)] + masks[blocks * inside : drawn]
     assert all(0.3 < (mask == 0).double().mean() < 0.5 for mask in wanted)
-    monkeypatch.setattr(F, "dropout", replay)
+    put(replay)
     again, found, _ = gradient(catgcn(block_nodes=120, **options))
     assert not wanted
     assert again == pytest.approx(loss, abs=1e-12)

@@ -115,7 +115,7 @@ def test_a_view_keeps_a_field_that_is_present() -> None:
 def test_feature_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
     seen = view(torch.ones(2000, 3, 8), torch.zeros(3), 0.2)
-    assert sorted(set(seen.flatten().tolist())) == pytest.approx([0.0, 1.25])
+    assert sorted(set(seen.flatten().tolist())) == pytest.approx([0.0, 1.25], abs=2**-16)
     assert float(seen.mean()) == pytest.approx(1, abs=0.02)
 
 
@@ -254,7 +254,9 @@ def test_config_survives_json() -> None:
 
 def test_compiles_to_one_graph() -> None:
     torch.compiler.reset()
-    model = make(contrastive(PLAIN, id_fields=("item",))).train()
+    # no dropout: a compiled graph draws other masks from the same seed
+    quiet = replace(PLAIN, interaction=MLP.Config(hidden_units=(8,)))
+    model = make(contrastive(quiet, ContrastConfig(feature_dropout=0.0), id_fields=("item",))).train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.manual_seed(0)
     expected = model(rows(6)).auxiliary["contrastive"]
