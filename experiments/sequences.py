@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from ctrlib import artifact
 from ctrlib.config import ConfigError, to_json
 from ctrlib.cpu import tune_cpu
-from ctrlib.data.loader import Loader
+from ctrlib.data.loader import EVALUATION_ROWS, Loader
 from ctrlib.data.store import Split, Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import json_text, write_json, write_text
@@ -51,6 +51,7 @@ ASKED = ("din", "moe")  # the baselines that AW-MoE is asked to reach
 OVERALL = ("auc", "gauc", "ndcg@10", "mrr", "hr@10", "auc@10")
 COMPARED = ("gauc", "ndcg@10")
 LONG_TAIL = "≤5"
+VALID_NEGATIVES = 19
 PLOTS = {"ndcg.png": "NDCG@10 by the length of the history", "gates.png": f"gates of {MAIN}, users by experts"}
 
 
@@ -76,7 +77,9 @@ class Sequences:
 
     def settings(self, name: str, options: argparse.Namespace) -> dict[str, Any]:
         """What decides a result, besides the seed."""
-        settings: dict[str, Any] = json.loads(json_text({"sessions": options.sessions, "run": to_json(config(name, options))}))
+        settings: dict[str, Any] = json.loads(
+            json_text({"sessions": options.sessions, "valid_negatives": VALID_NEGATIVES, "run": to_json(config(name, options))})
+        )
         return settings
 
     def store(self, scratch: Path, sessions: int | None) -> Store:
@@ -86,6 +89,7 @@ class Sequences:
         if subprocess.run(command).returncode != 0:
             raise DataError(f"the data could not be prepared (see above); set CTRLIB_DATA to the folder that holds {self.raw}/")
         files = {name: source / f"{name}.parquet" for name in ("train", "valid", "test")}
+        _thin(files["valid"], VALID_NEGATIVES)
         if sessions is not None:
             for path in files.values():
                 table = pq.read_table(path)
@@ -96,7 +100,7 @@ class Sequences:
 
     def page(self, runs: seeds.Runs, folder: Path | None = None) -> str:
         """README.md; with links to the plots that are there in its folder (default: that of the experiment)."""
-        text = f"# {self.title}\n\n`python -m {self.module}`. {self.text}\n{_INTRO}"
+        text = f"# {self.title}\n\n`python -m {self.module}`. {self.text}\n{_INTRO.format(valid=VALID_NEGATIVES)}"
         done = seeds.complete(runs)
         looks = {found["settings"]["sessions"] for all_seeds in runs.values() for found in all_seeds} - {None}
         if looks:
@@ -118,11 +122,23 @@ class Sequences:
 
 _INTRO = """
 Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16,
-nothing is tuned. Training stops on validation rows by GAUC; the test rows are read once, after that. *dnn* reads histories as
-the mean of their vectors, *moe* too; *din* weighs them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive
-loss. AW-MoE is a reference design after the paper's abstract (its text was not at hand), so no figure here is the paper's.
-All figures are means over sessions, but AUC (over all rows) and GAUC (weighed by rows).
+nothing is tuned. Training stops on validation rows by GAUC, for which every session has {valid} negatives (those of test
+have 99); the test rows are read once, after that. *dnn* reads histories as the mean of their vectors, *moe* too; *din* weighs
+them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive loss. AW-MoE is a reference design after the paper's
+abstract (its text was not at hand), so no figure here is the paper's. All figures are means over sessions, but AUC (over all
+rows) and GAUC (weighed by rows).
 """
+
+
+def _thin(path: Path, negatives: int) -> None:
+    """Leave the sessions of a file so many negatives each; they stand in random order."""
+    table = pq.read_table(path)
+    positive_R = table["label"].to_numpy() == 1
+    session_R = np.cumsum(np.diff(table["session"].to_numpy(), prepend=-1) != 0) - 1
+    seen_R = np.cumsum(~positive_R)
+    starts_S = np.flatnonzero(np.diff(session_R, prepend=-1))
+    before_S = seen_R[starts_S] - ~positive_R[starts_S]
+    pq.write_table(table.filter(positive_R | (seen_R - before_S[session_R] <= negatives)), path)
 
 
 def config(name: str, options: argparse.Namespace) -> RunConfig:
@@ -153,7 +169,7 @@ def run(
     split = store.split("test")
     history = store.encoder.schema.histories[0].fields[0]
     lengths = split.sequences[history][1].diff().numpy()
-    seen = predict(model, Loader(split, 8192))
+    seen = predict(model, Loader(split, EVALUATION_ROWS))
     assert seen.labels is not None
     assert seen.group is not None
     buckets = by_history_length(lengths, seen.labels, seen.logits, seen.group)

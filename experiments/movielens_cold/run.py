@@ -30,6 +30,8 @@ from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import RunConfig, train
 from ctrlib.files import json_text, write_json, write_text
 from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
+from ctrlib.interactions.compose import Parallel
+from ctrlib.interactions.fm import FM
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.contrastive import ContrastConfig, contrastive
 from ctrlib.models.ctr import CTRModel, ModelComponent
@@ -79,7 +81,8 @@ def _deepfm(id_dropout: float, weight: float) -> ModelComponent.Config:
     """DeepFM of all fields, in which unseen ids are padding."""
     config = preset("deepfm")
     assert isinstance(config, CTRModel.Config)
-    config = replace(config, embedding=_EMBEDDING)
+    deep = MLP.Config(hidden_units=(128, 64), output_dim=1)  # about as wide as the towers, and without dropout like these
+    config = replace(config, embedding=_EMBEDDING, interaction=Parallel.Config(streams=(FM.Config(), deep), fusion="sum"))
     encoder = MLP.Config(hidden_units=(64,))
     views_of = (data.USER_FIELDS, data.ITEM_FIELDS)
     contrast = replace(_CONTRAST, weight=weight)
@@ -120,9 +123,9 @@ places.
 
 The models: *popularity* counts training positives, so cold items tie; *content_popularity* is the mean of that over the
 twenty items with the most similar content; *content_knn* and *lightgbm* read content only; *mf* reads ids only; *deepfm*
-reads all, with unseen ids as padding. *two_tower* is adaptive fusion of the fields of each side and a product; *id_dropout*
-drops ids in training with a chance of .4; *contrastive* adds InfoNCE between views of each side, *contrastive_cross* also
-between users and items they clicked, and *contrastive_no_fusion* has an MLP for a tower.
+reads all, with unseen ids as padding; its network is 128-64-1. *two_tower* is adaptive fusion of the fields of each side and a
+product; *id_dropout* drops ids in training with a chance of .4; *contrastive* adds InfoNCE between views of each side,
+*contrastive_cross* also between users and items they clicked, and *contrastive_no_fusion* has an MLP for a tower.
 
 Fusion and losses are our reconstruction of what the abstract of arXiv:2502.03664 names, whose text could not be read. Nothing
 here is to be compared with figures of that paper, and nothing is tuned.
