@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.twitch import COUNTRIES
+from experiments import seeds, sequences
+from experiments.amazon_grocery.run import EXPERIMENT as GROCERY
+from experiments.beauty.run import EXPERIMENT as BEAUTY
 from experiments.criteo_sample import run as sample
 from experiments.frappe import table as frappe
+from experiments.movielens_cold import ranking
+from experiments.movielens_cold import run as cold
 from experiments.selection import run as selection
+from experiments.twitch import run as twitch
 
 EXPERIMENTS = Path(__file__).resolve().parent
 PAGE = EXPERIMENTS.parent / "docs" / "results.md"
@@ -18,8 +25,8 @@ PAGE = EXPERIMENTS.parent / "docs" / "results.md"
 INTRO = """# Results
 
 `python -m experiments.results` makes this page from the JSON files that the experiments wrote; a test compares the two. Every
-figure is a mean ± standard deviation over three seeds. Training stops on the validation rows and keeps the weights that were
-best there; the test rows are read once, after that.
+figure is a mean ± standard deviation over at least three seeds. Training stops on the validation rows and keeps the weights
+that were best there; the test rows are read once, after that.
 """
 
 FRAPPE = """
@@ -71,12 +78,37 @@ Differences are to the first row, seed by seed, mean ± standard deviation. More
 
 """
 
+HISTORIES = """
+## {title}
+
+Five seeds, default settings; every test session has one positive and 99 negatives. "≤5": users with at most five behaviours.
+More: [experiments/{folder}](../experiments/{folder}/README.md).
+
+| model | GAUC | NDCG@10 | GAUC, ≤5 | NDCG@10, ≤5 |
+|---|---|---|---|---|
+"""
+
+COLD = """
+## Cold start on MovieLens-1M
+
+HR@10 among all items of the pool, five seeds. More: [experiments/movielens_cold](../experiments/movielens_cold/README.md).
+
+"""
+
+NODES = """
+## Nodes of Twitch, {country}
+
+Five seeds, every model tuned by as many settings. More: [experiments/twitch](../experiments/twitch/README.md).
+
+"""
+
 
 def page() -> str:
     """``docs/results.md``; experiments without results are left out."""
     sections = [_frappe(), _kaggle()]
     sections += [_terabyte(EXPERIMENTS / "criteo" / "results.json"), _optimizers(EXPERIMENTS / "optimizers" / "results.json")]
     sections += [SELECTION.format(title=found["title"]) + selection.rows_table(found) for found in selection.load().values()]
+    sections += [_histories(GROCERY), _histories(BEAUTY), _cold(), *map(_nodes, COUNTRIES)]
     return INTRO + "".join(sections)
 
 
@@ -137,6 +169,36 @@ def _optimizers(path: Path) -> str:
     for variant in variants[1:]:  # the first is dense Adam
         gains = [[aucs[*c, variant, seed] - aucs[*c, variants[0], seed] for seed in seeds] for c in cases]
         text += _line(variant, *(f"{statistics.fmean(g):+.4f} ± {statistics.stdev(g):.4f}" for g in gains))
+    return text
+
+
+def _histories(experiment: sequences.Sequences) -> str:
+    done = seeds.complete(seeds.load(experiment.folder / "results", sequences.MODELS))
+    text = HISTORIES.format(title=experiment.title, folder=experiment.folder.name) if done else ""
+    for name, runs in done.items():
+        cells = ((part, metric) for part in ("all", sequences.LONG_TAIL) for metric in sequences.COMPARED)
+        text += _line(name, *(seeds.mean_std(sequences.bucket(runs, *cell)) for cell in cells))
+    return text
+
+
+def _cold() -> str:
+    done = seeds.complete(seeds.load(cold.RESULTS, cold.ORDER))
+    if not done:
+        return ""
+    text = COLD + _line("model", *ranking.POOLS) + "|---" * (len(ranking.POOLS) + 1) + "|\n"
+    for name, runs in done.items():
+        text += _line(name, *(seeds.mean_std([run["pools"][pool]["hr@10"] for run in runs]) for pool in ranking.POOLS))
+    return text
+
+
+def _nodes(country: str) -> str:
+    runs = {name: seeds.load(twitch.RESULTS, [f"{country}-{name}"]) for name in twitch.ORDER}
+    done = seeds.complete({name: found[f"{country}-{name}"] for name, found in runs.items() if found})
+    if not done:
+        return ""
+    text = NODES.format(country=country) + _line("model", *twitch.METRICS) + "|---" * (len(twitch.METRICS) + 1) + "|\n"
+    for name, results in done.items():
+        text += _line(name, *(seeds.mean_std([r["test"][metric] for r in results]) for metric in twitch.METRICS))
     return text
 
 

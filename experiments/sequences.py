@@ -27,11 +27,11 @@ from ctrlib.data.loader import EVALUATION_ROWS, Loader
 from ctrlib.data.store import Split, Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import json_text, write_json, write_text
-from ctrlib.models.ctr import ModelComponent
+from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.plots import figure_class, plot_gates
 from ctrlib.ranking_metrics import by_history_length, history_table, plot_by_history_length
 from ctrlib.schema import DataError, suggest
-from ctrlib.training import predict
+from ctrlib.training import fit, predict, seed_everything
 from experiments import seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "din": ("din", {}),
     "moe": ("moe", {}),
     "aw_moe_plain": ("aw_moe", {"model.contrast.weight": "0"}),
-    "aw_moe": ("aw_moe", {"model.contrast.user": "user"}),
+    "aw_moe": ("aw_moe", {"model.contrast.user": "user", "model.contrast.weight": "0.01"}),
 }
 MAIN, BASELINES = "aw_moe", ("din", "moe", "aw_moe_plain", "dnn")
 ASKED = ("din", "moe")  # the baselines that AW-MoE is asked to reach
@@ -52,6 +52,8 @@ OVERALL = ("auc", "gauc", "ndcg@10", "mrr", "hr@10", "auc@10")
 COMPARED = ("gauc", "ndcg@10")
 LONG_TAIL = "≤5"
 VALID_NEGATIVES = 19
+WEIGHTS = (0.001, 0.01, 0.1)  # λ of the contrastive loss, to choose from by validation rows
+TUNING = "weight-of-contrast.json"
 PLOTS = {"ndcg.png": "NDCG@10 by the length of the history", "gates.png": f"gates of {MAIN}, users by experts"}
 
 
@@ -114,6 +116,9 @@ class Sequences:
                 text += f"\n## {metric} by the length of the history\n\nMeans over seeds.\n\n{history_table(means, metric)}"
         if MAIN in done:
             text += _comparison(done)
+        tuning = (folder or self.folder) / TUNING
+        if tuning.is_file():
+            text += _TUNING + _tuning_table(json.loads(tuning.read_text(encoding="utf-8")), runs)
         plots = [name for name in PLOTS if ((folder or self.folder) / name).is_file()]
         if plots:
             text += "\n## Plots\n\n" + "".join(f"![{PLOTS[name]}]({name})\n" for name in plots)
@@ -121,12 +126,12 @@ class Sequences:
 
 
 _INTRO = """
-Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16,
-nothing is tuned. Training stops on validation rows by GAUC, for which every session has {valid} negatives (those of test
-have 99); the test rows are read once, after that. *dnn* reads histories as the mean of their vectors, *moe* too; *din* weighs
-them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive loss. AW-MoE is a reference design after the paper's
-abstract (its text was not at hand), so no figure here is the paper's. All figures are means over sessions, but AUC (over all
-rows) and GAUC (weighed by rows).
+Five seeds of the initial weights and of the order of rows; default settings of `ctrlib train`, embeddings of width 16; only
+the λ of the contrastive loss is chosen. Training stops on validation rows by GAUC, for which every session has {valid}
+negatives (those of test have 99); the test rows are read once, after that. *dnn* reads histories as the mean of their vectors,
+*moe* too; *din* weighs them by the candidate; *aw_moe_plain* is AW-MoE without the contrastive loss. AW-MoE is a reference
+design after the paper's abstract (its text was not at hand), so no figure here is the paper's. All figures are means over
+sessions, but AUC (over all rows) and GAUC (weighed by rows).
 """
 
 
@@ -141,10 +146,45 @@ def _thin(path: Path, negatives: int) -> None:
     pq.write_table(table.filter(positive_R | (seen_R - before_S[session_R] <= negatives)), path)
 
 
-def config(name: str, options: argparse.Namespace) -> RunConfig:
-    """The run of a model."""
+_TUNING = """
+## λ of the contrastive loss
+
+Of Amazon Grocery, seed 0, validation rows (`--tune`); the best is taken for both experiments. 0: *aw_moe_plain*.
+
+| λ | GAUC | epochs |
+|---|---|---|
+"""
+
+
+def _tuning_table(trials: Mapping[str, Mapping[str, Any]], runs: seeds.Runs) -> str:
+    plain = [{"valid": one["valid"], "epochs": one["epochs"]} for one in runs.get("aw_moe_plain", ())[:1]]
+    rows = [("0", trial) for trial in plain] + list(trials.items())
+    return "".join(f"| {weight} | {trial['valid']['gauc']:.4f} | {trial['epochs']:.0f} |\n" for weight, trial in rows)
+
+
+def config(name: str, options: argparse.Namespace, weight: float | None = None) -> RunConfig:
+    """The run of a model; ``weight``: another λ of the contrastive loss."""
     model, own = MODELS[name]
-    return configure(model, options={**COMMON, **own}, epochs=options.epochs)
+    others = {} if weight is None else {"model.contrast.weight": str(weight)}
+    return configure(model, options={**COMMON, **own, **others}, epochs=options.epochs)
+
+
+def tune(store: Store, options: argparse.Namespace, path: Path) -> None:
+    """Train AW-MoE by each λ with the first seed, and write its validation metrics; test rows are not read."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for weight in WEIGHTS:
+        if str(weight) in found:
+            continue
+        run_config = config(MAIN, options, weight).for_rows(store.rows["train"])
+        seed_everything(seeds.SEEDS[0])
+        model = build_model(run_config.model, store.encoder.layout)
+        rows = Loader(store.split("train"), run_config.batch_size or 0, shuffle=True, seed=seeds.SEEDS[0])
+        result = fit(model, rows, Loader(store.split("valid"), EVALUATION_ROWS), run_config.fit)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        found[str(weight)] = {"valid": result.metrics, "epochs": result.epochs, "best_epoch": result.best_epoch}
+        write_json(path, found)
+        print(f"λ = {weight:g}: validation GAUC {result.metrics['gauc']:.4f}", flush=True)
 
 
 def run(
@@ -204,7 +244,8 @@ def _known(entries: Sequence[Mapping[str, Any]], key: str) -> bool:
     return all(entry[key] is not None for entry in entries)  # what is undefined is null in JSON
 
 
-def _bucket(runs: Sequence[Mapping[str, Any]], segment: str, metric: str) -> list[float]:
+def bucket(runs: Sequence[Mapping[str, Any]], segment: str, metric: str) -> list[float]:
+    """A test metric of a segment of history lengths, of every run."""
     return [next(float(entry[metric]) for entry in one["history"] if entry["segment"] == segment) for one in runs]
 
 
@@ -225,7 +266,7 @@ def _comparison(done: seeds.Runs) -> str:
     text += f"| to | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|\n"
     for name in others:
         cells = [
-            seeds.signed(_bucket(done[MAIN], segment, metric), _bucket(done[name], segment, metric))
+            seeds.signed(bucket(done[MAIN], segment, metric), bucket(done[name], segment, metric))
             for metric in COMPARED
             for segment in ("all", LONG_TAIL)
         ]
@@ -237,7 +278,7 @@ def _comparison(done: seeds.Runs) -> str:
     for name in ASKED:
         for metric in COMPARED if name in done else ():
             gains = [
-                seeds.difference(_bucket(done[MAIN], segment, metric), _bucket(done[name], segment, metric))[0]
+                seeds.difference(bucket(done[MAIN], segment, metric), bucket(done[name], segment, metric))[0]
                 for segment in ("all", LONG_TAIL)
             ]
             text += f"* {metric} to *{name}*: {'reached' if gains[0] >= 0 else 'missed'} ({gains[0]:+.4f}); gain for the long "
@@ -251,6 +292,7 @@ def main(experiment: Sequences, description: str | None, argv: Sequence[str] | N
     parser.add_argument("--models", help="names with commas between them, run in this order; default: all")
     parser.add_argument("--seeds", default=",".join(map(str, seeds.SEEDS)), help="with commas between them")
     parser.add_argument("--epochs", type=int, help="at most")
+    parser.add_argument("--tune", action="store_true", help="only choose λ of the contrastive loss by validation rows")
     parser.add_argument("--sessions", type=int, help="only so many sessions of each split: for a quick look")
     parser.add_argument("--out", type=Path, help="folder of the JSONs; README.md goes there too")
     options = parser.parse_args(argv)
@@ -268,6 +310,9 @@ def main(experiment: Sequences, description: str | None, argv: Sequence[str] | N
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         store: Store | None = None
+        if options.tune:
+            tune(experiment.store(scratch, options.sessions), options, readme.parent / TUNING)
+            names = []
         for seed in map(int, options.seeds.split(",")):  # seed by seed, so that models are soon compared
             for name in names:
                 settings = experiment.settings(name, options)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ctrlib.config import ConfigError
 from ctrlib.data.store import Split
+from ctrlib.models.aw_moe import AWMoE
 from ctrlib.models.presets import preset
 from experiments import seeds, sequences
 from experiments.amazon_grocery.run import EXPERIMENT as GROCERY
@@ -106,8 +110,25 @@ def test_every_model_can_be_configured(name: str) -> None:
     assert (config.fit.monitor, config.fit.epochs, config.model.embedding.dim) == ("gauc", 2, 16)
 
 
+def test_thinned_sessions_keep_their_positive_and_the_first_negatives(tmp_path: Path) -> None:
+    label = [0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    table = pa.table({"session": [4] * 5 + [2] * 4 + [7] * 2, "label": label, "row": list(range(11))})
+    pq.write_table(table, tmp_path / "valid.parquet")
+    sequences._thin(tmp_path / "valid.parquet", 2)
+    assert pq.read_table(tmp_path / "valid.parquet")["row"].to_pylist() == [0, 1, 2, 5, 6, 7, 9, 10]
+
+
 def test_a_quick_look_does_not_mix_with_results(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--sessions is for a quick look"):
         sequences.main(GROCERY, None, ["--sessions", "10"])
     with pytest.raises(ConfigError, match="did you mean 'aw_moe'"):
         sequences.main(GROCERY, None, ["--models", "awmoe", "--out", str(tmp_path)])
+
+
+def test_the_weight_of_the_contrastive_loss_is_the_best_on_validation_rows() -> None:
+    trials = json.loads((GROCERY.folder / sequences.TUNING).read_text(encoding="utf-8"))
+    assert [float(weight) for weight in trials] == list(sequences.WEIGHTS)
+    best = max(trials, key=lambda weight: trials[weight]["valid"]["gauc"])
+    model = sequences.config("aw_moe", argparse.Namespace(epochs=2)).model
+    assert isinstance(model, AWMoE.Config)
+    assert model.contrast.weight == float(best)
