@@ -37,6 +37,8 @@ class ContrastConfig:
         field_mask: chance that a field is left out of a view. A row keeps at least one field.
         id_mask: the same for the model's ``id_fields``.
         feature_dropout: of the coordinates of the fields that stay.
+        rows: how many of a batch have views, the first ones (a training batch is in random order); ``None``: all. The time of
+            the views grows with their number, that of the loss with its square.
     """
 
     weight: float = 0.1
@@ -45,6 +47,7 @@ class ContrastConfig:
     field_mask: float = 0.25
     id_mask: float = 0.5
     feature_dropout: float = 0.2
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         check_not_negative("contrast.weight", self.weight)
@@ -52,6 +55,8 @@ class ContrastConfig:
         check_choice("contrast.similarity", self.similarity, get_args(Similarity))
         for name in ("field_mask", "id_mask", "feature_dropout"):
             fraction(f"contrast.{name}", getattr(self, name))
+        if self.rows is not None:
+            positive("contrast.rows", self.rows)
 
 
 def view(x_BFD: Tensor, chance_F: Tensor, feature_dropout: float) -> Tensor:
@@ -100,7 +105,9 @@ class Contrast(nn.Module):
 
     def forward(self, batch: Batch, x_BFD: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """The batch as it came, its tokens, the encoder → a scalar."""
-        x_BFD = x_BFD * self.mine
+        rows = self.config.rows
+        batch = replace(batch, sparse=batch.sparse[:rows], weight=None if batch.weight is None else batch.weight[:rows])
+        x_BFD = x_BFD[:rows] * self.mine
         first_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
         second_BK = encode(view(x_BFD, self.chance, self.config.feature_dropout)).flatten(1)
         return self.config.weight * info_nce(

@@ -72,6 +72,20 @@ def test_temperature_to_zero() -> None:
     assert loss_of(whole(1e-5), torch.eye(5).unsqueeze(1)) == pytest.approx(0, abs=1e-6)
 
 
+def test_only_the_first_rows_have_views() -> None:
+    x_BFD = torch.randn(7, 1, 3)
+    expected = loss_of(whole(0.2), x_BFD[:4])
+    assert loss_of(replace(whole(0.2), rows=4), x_BFD) == pytest.approx(expected, abs=1e-6)
+    assert loss_of(replace(whole(0.2), rows=9), x_BFD) == pytest.approx(loss_of(whole(0.2), x_BFD), abs=1e-6)
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    batch = Batch(sparse=torch.arange(2, 9, dtype=torch.int32).view(-1, 1), dense=torch.zeros(7, 0), weight=weight)
+    layout = BatchLayout(sparse=(SparseColumn("f", 100, "f"),))
+    contrast = Contrast(replace(whole(0.2), rows=4), ["f"], (), ["f"], layout)
+    kept = torch.tensor([0, 2, 3])
+    found = contrast(batch, x_BFD, lambda x: x)
+    assert float(found) == pytest.approx(loss_of(whole(0.2), x_BFD[kept]), abs=1e-6)
+
+
 def test_the_same_item_twice_is_no_negative() -> None:
     """Rows 0 and 1 are one item: neither stands in the denominator of the other."""
     x_BFD = torch.eye(3)[[0, 0, 1, 2]].unsqueeze(1)
