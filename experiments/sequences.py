@@ -44,7 +44,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "din": ("din", {}),
     "moe": ("moe", {}),
     "aw_moe_plain": ("aw_moe", {"model.contrast.weight": "0"}),
-    "aw_moe": ("aw_moe", {"model.contrast.user": "user", "model.contrast.weight": "0.01"}),
+    "aw_moe": ("aw_moe", {"model.contrast.user": "user", "model.contrast.weight": "0.001"}),
 }
 MAIN, BASELINES = "aw_moe", ("din", "moe", "aw_moe_plain", "dnn")
 ASKED = ("din", "moe")  # the baselines that AW-MoE is asked to reach

@@ -401,7 +401,7 @@ def test_reusing_the_units_is_a_second_pass(options: dict[str, Any]) -> None:
             rows_B=torch.tensor([False] + [True] * 7),
         )
         torch.manual_seed(11)
-        torch.testing.assert_close(train(model, batch), 0.1 * expected)
+        torch.testing.assert_close(train(model, batch), model.config.contrast.weight * expected)
 
 
 def test_masks() -> None:
