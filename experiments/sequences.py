@@ -27,11 +27,11 @@ from ctrlib.data.loader import EVALUATION_ROWS, Loader
 from ctrlib.data.store import Split, Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, prepare, train
 from ctrlib.files import json_text, write_json, write_text
-from ctrlib.models.ctr import ModelComponent, build_model
+from ctrlib.models.ctr import ModelComponent
 from ctrlib.plots import figure_class, plot_gates
 from ctrlib.ranking_metrics import by_history_length, history_table, plot_by_history_length
 from ctrlib.schema import DataError, suggest
-from ctrlib.training import fit, predict, seed_everything
+from ctrlib.training import predict
 from experiments import seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,22 +169,19 @@ def config(name: str, options: argparse.Namespace, weight: float | None = None) 
     return configure(model, options={**COMMON, **own, **others}, epochs=options.epochs)
 
 
-def tune(store: Store, options: argparse.Namespace, path: Path) -> None:
+def tune(store: Store, scratch: Path, options: argparse.Namespace, path: Path) -> None:
     """Train AW-MoE by each λ with the first seed, and write its validation metrics; test rows are not read."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for weight in WEIGHTS:
         if str(weight) in found:
             continue
-        run_config = config(MAIN, options, weight).for_rows(store.rows["train"])
-        seed_everything(seeds.SEEDS[0])
-        model = build_model(run_config.model, store.encoder.layout)
-        rows = Loader(store.split("train"), run_config.batch_size or 0, shuffle=True, seed=seeds.SEEDS[0])
-        result = fit(model, rows, Loader(store.split("valid"), EVALUATION_ROWS), run_config.fit)
-        if result.interrupted:
+        report = train(store, config(MAIN, options, weight), scratch / "run", name=MAIN, seed=seeds.SEEDS[0], test=False)
+        if report["interrupted"]:
             raise KeyboardInterrupt
-        found[str(weight)] = {"valid": result.metrics, "epochs": result.epochs, "best_epoch": result.best_epoch}
+        shutil.rmtree(scratch / "run")
+        found[str(weight)] = {key: report[key] for key in ("valid", "epochs", "best_epoch")}
         write_json(path, found)
-        print(f"λ = {weight:g}: validation GAUC {result.metrics['gauc']:.4f}", flush=True)
+        print(f"λ = {weight:g}: validation GAUC {report['valid']['gauc']:.4f}", flush=True)
 
 
 def run(
@@ -311,7 +308,7 @@ def main(experiment: Sequences, description: str | None, argv: Sequence[str] | N
         scratch = Path(folder)
         store: Store | None = None
         if options.tune:
-            tune(experiment.store(scratch, options.sessions), options, readme.parent / TUNING)
+            tune(experiment.store(scratch, options.sessions), scratch, options, readme.parent / TUNING)
             names = []
         for seed in map(int, options.seeds.split(",")):  # seed by seed, so that models are soon compared
             for name in names:
