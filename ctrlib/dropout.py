@@ -1,7 +1,7 @@
 """Dropout whose random numbers cost less than the layer before it.
 
-On a CPU torch's own draws so slowly that it takes longer than the product with a 400 × 400 matrix before it; 16 random bits an
-element are enough. Elsewhere, and in compiled graphs, torch's own is used.
+On a CPU torch's own draws so slowly that it takes longer than the product with a 400 × 400 matrix before it
+(``benchmarks/dropout.py``); 16 random bits an element are enough. Elsewhere, and in compiled graphs, torch's own is used.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ Reads = Generator[Callable[[], "_Window"], None, None]
 Pieces = Generator[Batch, None, None]
 
 EVALUATION_ROWS = 2048
-"""Rows a batch where nothing is learned. What more rows compute leaves the cache of a CPU, by which some models lose half of
-their speed."""
+"""Rows a batch where nothing is learned. What more rows compute leaves the cache of a CPU, which makes some models much
+slower."""
 
 _SWEEP_ROWS = 1 << 16  # rows a piece of a sweep; between two of them it can be stopped
 _SMALLEST_BLOCK = 1 << 13  # rows; smaller blocks would not be worth encoding in several threads
