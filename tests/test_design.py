@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ctrlib"
 # Lowest first. A module may import modules of lower layers and of its own group; the rules of single groups are below.
 LAYERS = (
     {"schema", "config", "progress", "files", "plots"},
-    {"batch", "ragged", "_native"},
+    {"batch", "dropout", "ragged", "_native"},
     {"table"},
     {"rowwise"},
     {
