@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ctrlib.config import ConfigError
+from datasets.twitch import COUNTRIES
 from experiments import seeds
 from experiments.twitch import run as twitch
 from tests import graphs
@@ -103,3 +104,9 @@ def test_bad_options() -> None:
         twitch.main(["--countries", "FR"])
     with pytest.raises(ConfigError, match="give --out"):
         twitch.main(["--quick"])
+
+
+def test_the_committed_page_is_what_the_committed_results_make() -> None:
+    runs = {c: {n: f for n in twitch.ORDER for f in seeds.load(twitch.RESULTS, [f"{c}-{n}"]).values()} for c in COUNTRIES}
+    page = twitch.page(runs, argparse.Namespace(patience=20, quick=False))
+    assert (twitch.HERE / "README.md").read_text(encoding="utf-8") == page
