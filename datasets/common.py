@@ -9,7 +9,6 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ctrlib.files import new_file
 from ctrlib.schema import DataError
 
 ROW_GROUP = 500_000  # rows; also what write_parquet holds in memory
@@ -64,17 +64,6 @@ def check_known(path: Path, known: Mapping[str, KnownFile]) -> None:
     print(f"warning: {path}: {found} as in {expected.description}; reading it anyway", file=sys.stderr)
 
 
-@contextmanager
-def temporary(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` to write to: renamed to ``target`` at the end, removed if anything fails."""
-    part = target.with_name(target.name + ".part")
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def download(url: str, target: Path) -> None:
     """Fetch ``url`` into ``target``, unless it is there already.
 
@@ -86,7 +75,7 @@ def download(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url}")
     try:
-        with temporary(target) as part, urllib.request.urlopen(url, timeout=60) as response:
+        with new_file(target) as part, urllib.request.urlopen(url, timeout=60) as response:
             with part.open("wb") as file:
                 shutil.copyfileobj(response, file)
             promised = response.headers.get("Content-Length")
@@ -146,7 +135,7 @@ def write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, target: Path) -
     """
     rows = positives = 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(target) as part:
+    with new_file(target) as part:
         with pq.ParquetWriter(part, schema, compression="zstd") as writer:
             for group in _row_groups(tables):
                 writer.write_table(group, row_group_size=ROW_GROUP)

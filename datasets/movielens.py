@@ -27,6 +27,7 @@ if TYPE_CHECKING or __package__:
 else:  # a script: Python looks in this folder, not in the project's, and ctrlib need not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import common
+from ctrlib.files import new_file
 from ctrlib.schema import DataError, Field, Schema, SequenceField, SparseField
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
@@ -175,7 +176,7 @@ def _fetch(folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as zipped:
             for name in (RATINGS, USERS, MOVIES):
-                with zipped.open(f"ml-1m/{name}") as source, common.temporary(folder / name) as part, part.open("wb") as target:
+                with zipped.open(f"ml-1m/{name}") as source, new_file(folder / name) as part, part.open("wb") as target:
                     shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DataError(f"{archive}: not the archive of GroupLens ({error}); delete it and start again") from error

@@ -23,6 +23,7 @@ if TYPE_CHECKING or __package__:
 else:  # a script: Python looks in this folder, not in the project's, and ctrlib need not be installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import common
+from ctrlib.files import new_file
 from ctrlib.schema import DataError
 
 COUNTRIES = ("DE", "ENGB")
@@ -129,7 +130,7 @@ def prepare(raw: Path | None, out: Path) -> tuple[Path, ...]:
     for country in COUNTRIES:
         for kind, table in (("nodes", read_nodes(raw, country)), ("edges", read_edges(raw, country))):
             files.append(out / f"{country.lower()}_{kind}.parquet")
-            with common.temporary(files[-1]) as part:
+            with new_file(files[-1]) as part:
                 pq.write_table(table, part, compression="zstd")
             print(f"{files[-1]}: {table.num_rows:,} {kind}")
     print(TERMS)

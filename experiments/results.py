@@ -192,8 +192,7 @@ def _cold() -> str:
 
 
 def _nodes(country: str) -> str:
-    runs = {name: seeds.load(twitch.RESULTS, [f"{country}-{name}"]) for name in twitch.ORDER}
-    done = seeds.complete({name: found[f"{country}-{name}"] for name, found in runs.items() if found})
+    done = seeds.complete(twitch.load(twitch.RESULTS, country))
     if not done:
         return ""
     text = NODES.format(country=country) + _line("model", *twitch.METRICS) + "|---" * (len(twitch.METRICS) + 1) + "|\n"

@@ -157,8 +157,7 @@ Of Amazon Grocery, seed 0, validation rows (`--tune`); the best is taken for bot
 
 
 def _tuning_table(trials: Mapping[str, Mapping[str, Any]], runs: seeds.Runs) -> str:
-    plain = [{"valid": one["valid"], "epochs": one["epochs"]} for one in runs.get("aw_moe_plain", ())[:1]]
-    rows = [("0", trial) for trial in plain] + list(trials.items())
+    rows = [("0", first) for first in runs.get("aw_moe_plain", ())[:1]] + list(trials.items())
     return "".join(f"| {weight} | {trial['valid']['gauc']:.4f} | {trial['epochs']:.0f} |\n" for weight, trial in rows)
 
 

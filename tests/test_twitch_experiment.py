@@ -107,6 +107,6 @@ def test_bad_options() -> None:
 
 
 def test_the_committed_page_is_what_the_committed_results_make() -> None:
-    runs = {c: {n: f for n in twitch.ORDER for f in seeds.load(twitch.RESULTS, [f"{c}-{n}"]).values()} for c in COUNTRIES}
+    runs = {country: twitch.load(twitch.RESULTS, country) for country in COUNTRIES}
     page = twitch.page(runs, argparse.Namespace(patience=20, quick=False))
     assert (twitch.HERE / "README.md").read_text(encoding="utf-8") == page

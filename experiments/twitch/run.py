@@ -177,6 +177,11 @@ def read(country: str, seed: int) -> Graph:
     return read_graph(twitch.read_nodes(raw, country), twitch.read_edges(raw, country), options)
 
 
+def load(folder: Path, country: str) -> seeds.Runs:
+    """The results of a country that are there, by model."""
+    return {name: found for name in ORDER for found in seeds.load(folder, [f"{country}-{name}"]).values()}
+
+
 def page(runs: Mapping[str, seeds.Runs], options: argparse.Namespace) -> str:
     """README.md."""
     text = INTRO.format(patience=options.patience, trials=TRIALS)
@@ -241,8 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tune_cpu()
 
     def tables() -> None:
-        runs = {c: {n: f for n in ORDER for f in seeds.load(out, [f"{c}-{n}"]).values()} for c in twitch.COUNTRIES}
-        write_text(readme, page(runs, options))
+        write_text(readme, page({country: load(out, country) for country in twitch.COUNTRIES}, options))
 
     for country in options.countries.split(","):
         for name in names:
