@@ -44,7 +44,9 @@ def test_every_model_is_tuned_alike() -> None:
         tried = twitch.trials(name)
         assert len(tried) == twitch.TRIALS
         assert tried == twitch.trials(name)
-        assert tried[0].keys() == twitch.trials("gcn")[0].keys() | ({"probe", "balance"} if name in twitch.CATGCN else set())
+        inside = {"probe", "balance", "hidden"} if name in twitch.CATGCN else set()
+        assert tried[0].keys() == twitch.trials("gcn")[0].keys() | inside
+        assert all(setting not in tried[:i] for i, setting in enumerate(tried))
         assert all(len({setting[key] for setting in tried}) > 1 for key in common)
 
 
