@@ -48,9 +48,9 @@ def predict_run(run: str | Path, data: object, out: str | Path, *, edges: object
 
 
 def _of_rows(run: str | Path, data: object, edges: object) -> pa.Table:
+    loaded = artifact.load(run)
     if data is None or edges is not None:
         raise ConfigError(f"{run} is a run on rows; name a table of rows, and no edges")
-    loaded = artifact.load(run)
     found = loaded.predict(data)
     columns = [found] if found.ndim == 1 else list(found.T)
     return pa.table(dict(zip(loaded.schema.labels, columns, strict=True)))
