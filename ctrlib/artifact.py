@@ -20,7 +20,7 @@ from ctrlib import calibration
 from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
 from ctrlib.config import ConfigError, Table, from_json, to_json
-from ctrlib.data.encoder import Encoder
+from ctrlib.data.encoder import Encoder, LeakCount
 from ctrlib.data.source import Source, open_source
 from ctrlib.files import WRITER, json_text, new_folder, sealed, sha256, write_json, write_text
 from ctrlib.models.ctr import ModelComponent, build_model
@@ -114,8 +114,12 @@ class Artifact:
         return {name: Explanation(np.concatenate(parts[name]), labels) for name, labels in self.model.axes.items()}
 
     def batches(self, data: object, *, labels: bool) -> Iterator[Batch]:
-        """The rows, encoded, a few thousand at a time."""
-        return (block.batch() for block in self.encoder.encode(data, labels=labels, block_rows=_BLOCK_ROWS))
+        """The rows, encoded, a few thousand at a time; in the end the log tells how many behaviours leak guards dropped."""
+        table, leaks = open_source(data), LeakCount()
+        for block in self.encoder.encode(table, labels=labels, block_rows=_BLOCK_ROWS):
+            leaks.add(block)
+            yield block.batch()
+        leaks.log(table.name)
 
     def _open(self, data: object) -> Source:
         """The rows, of which there may be none; then the columns are checked here."""

@@ -29,10 +29,12 @@ class Behaviours:
 
     ``x_NAD`` [N, A, D] has a row for each of the A attributes of each of N behaviours; row b owns
     ``x_NAD[offsets_B1[b]:offsets_B1[b + 1]]`` (``offsets_B1`` [B + 1] int32). :mod:`ctrlib.ragged` has the arithmetic.
+    ``real_N`` [N] tells which are no padding: some attribute is not the zero vector, as it was before dropout.
     """
 
     x_NAD: Tensor  # noqa: N815 (a shape suffix)
     offsets_B1: Tensor  # noqa: N815
+    real_N: Tensor  # noqa: N815
 
 
 class FeatureEmbedding(Component, nn.Module):
@@ -192,7 +194,8 @@ class FeatureEmbedding(Component, nn.Module):
                 if (inner := batch.sequences[name].inner) is not None:
                     parts[name] = table.bags(batch.sequences[name].values, inner, name).unsqueeze(1)
         x_NAD = parts[""] if "" in parts else torch.cat([parts[name] for name in names], dim=1)
-        return Behaviours(dropout(x_NAD, self.config.dropout, self.training), batch.sequences[names[0]].offsets)
+        real_N = (x_NAD != 0).flatten(1).any(1)  # before dropout, which may leave zeros only
+        return Behaviours(dropout(x_NAD, self.config.dropout, self.training), batch.sequences[names[0]].offsets, real_N)
 
     def targets(self, batch: Batch, history: str) -> Tensor:
         """What the candidate has for the attributes of a history: rows of the same tables. Shape: Batch → [B, A, D].

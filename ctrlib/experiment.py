@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,7 +40,7 @@ from ctrlib.calibration import (
     sigmoid,
 )
 from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
-from ctrlib.data.encoder import Encoder
+from ctrlib.data.encoder import Encoder, as_lists
 from ctrlib.data.loader import EVALUATION_ROWS, Loader, StreamLoader
 from ctrlib.data.memory import half_of_free_mb
 from ctrlib.data.source import Source, open_source
@@ -53,7 +54,7 @@ from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.optim import OptimizerConfig
 from ctrlib.ranking_metrics import by_history_length, history_segments
-from ctrlib.schema import BatchLayout, DataError, Schema, SparseField
+from ctrlib.schema import BatchLayout, DataError, Schema, SequenceField, SparseField
 from ctrlib.training import Batches, FitConfig, evaluate, fit, measure, predict, seed_everything
 
 _log = logging.getLogger("ctrlib")
@@ -586,7 +587,7 @@ def evaluate_run(run: str | Path, data: object, *, by: str | None = None) -> dic
     table.require([by], ", by which to segment")
     if len(labels) > 1:
         raise DataError(f"segments need one label; the model predicts {', '.join(labels)}")
-    lengths = _lengths(table, by)
+    lengths = _lengths(table, by, loaded.schema)
     segments: Sequence[object] = _segments(table, by) if lengths is None else history_segments(lengths)
     seen = loaded.calibrated(predict(loaded.model, loaded.batches(table, labels=True)))
     assert seen.labels is not None
@@ -672,12 +673,18 @@ def verify_run(
     return exporting.verify(artifact.load(run), data, programs, rows=rows)
 
 
-def _lengths(table: Source, by: str) -> npt.NDArray[np.int64] | None:
-    """Values in every list of a column; a missing list has none. ``None``: the column holds no lists."""
-    if not (pa.types.is_list(table.types[by]) or pa.types.is_large_list(table.types[by])):
+def _lengths(table: Source, by: str, schema: Schema) -> npt.NDArray[np.int64] | None:
+    """Values in every list of a column, or of text that the schema cuts; a missing list has none. ``None``: no such column."""
+    f = next((f for f in schema.fields if f.name == by and isinstance(f, SequenceField)), None)
+    if f is None and not (pa.types.is_list(table.types[by]) or pa.types.is_large_list(table.types[by])):
         return None
-    lengths: npt.NDArray[np.int64] = pc.list_value_length(table.column(by)).fill_null(0).to_numpy(zero_copy_only=False)
+    lists = table.column(by) if f is None else as_lists(f, table.column(by), partial(_row_of, table, by))
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
     return lengths
+
+
+def _row_of(table: Source, by: str, row: int) -> str:
+    return f"column {by!r}, {table.locate(row)}"
 
 
 def _segments(table: Source, by: str) -> list[object]:

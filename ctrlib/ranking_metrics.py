@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ctrlib.metrics import Floats, auc, checked_groups, checked_rows, gauc, run_starts
 from ctrlib.plots import figure_class, save_png
-from ctrlib.schema import DataError
+from ctrlib.schema import DataError, suggest
 
 TOP = (10,)
 LONG_TAIL = (1, 3, 5, 10)
@@ -58,8 +58,8 @@ def rank_groups(
         DataError: lengths differ, a label is neither 0 nor 1, a score is not finite, or a k is below 1.
     """
     for k in ks:
-        if k < 1:
-            raise DataError(f"k is {k}; expected 1 or more")
+        if k < 1 or k != int(k):
+            raise DataError(f"k is {k}; expected a whole number, 1 or more")
     y_N, s_N, _ = checked_rows(labels, scores, None, "scores")
     group_N = checked_groups(group, y_N)
     if not len(y_N):
@@ -182,9 +182,9 @@ def history_table(models: Mapping[str, Sequence[Mapping[str, Any]]], metric: str
         metric: ``"ndcg@10"``, ``"gauc"``, …
 
     Raises:
-        DataError: no models, or models that were evaluated on different rows.
+        DataError: no models, models that were evaluated on different rows, or a metric that was not computed.
     """
-    buckets = _same_buckets(models)
+    buckets = _same_buckets(models, metric)
     lines = [["behaviours", "groups", *models], ["---"] * (2 + len(models))]
     for i, (name, groups) in enumerate(buckets):
         lines.append([name, f"{groups:,}", *(f"{found[i][metric]:.4f}" for found in models.values())])
@@ -203,7 +203,7 @@ def plot_by_history_length(models: Mapping[str, Sequence[Mapping[str, Any]]], me
         ConfigError: matplotlib is not installed.
     """
     new_figure = figure_class()
-    buckets = [(i, name, groups) for i, (name, groups) in enumerate(_same_buckets(models)) if re.match(r"[\d>]", name)]
+    buckets = [(i, name, groups) for i, (name, groups) in enumerate(_same_buckets(models, metric)) if re.match(r"[\d>]", name)]
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for model, found in models.items():
@@ -215,13 +215,17 @@ def plot_by_history_length(models: Mapping[str, Sequence[Mapping[str, Any]]], me
     save_png(figure, path)
 
 
-def _same_buckets(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, int]]:
+def _same_buckets(models: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> list[tuple[str, int]]:
     buckets = [[(entry["segment"], entry["groups"]) for entry in found] for found in models.values()]
     if not buckets or any(other != buckets[0] for other in buckets):
         raise DataError(
             f"the models {', '.join(models) or '(none)'} were not evaluated on the same rows; expected the same buckets of "
             "history length, with the same number of groups, for each"
         )
+    for entry in chain(*models.values()):
+        if metric not in entry:
+            known = sorted(entry.keys() - {"segment", "groups", "rows"})
+            raise DataError(f"the models were not measured by {metric!r}, only by {', '.join(known)}{suggest(metric, known)}")
     return buckets[0]
 
 

@@ -218,7 +218,8 @@ class History:
         gaps: name of one more attribute, made of the time between a behaviour and its row: its ids are
             2 + ⌊log₂(1 + gap)⌋. Gaps between numbers are in their unit, those between timestamps or dates in seconds.
         max_length: keep the most recent behaviours only, after the guard; ``None``: all (nothing is padded).
-        on_leak: ``"drop"`` behaviours at or after the row's time, and count them, or ``"refuse"`` the data.
+        on_leak: ``"drop"`` behaviours at or after the row's time, and count them, or ``"refuse"`` the data, for which both
+            times are needed.
     """
 
     name: str = "history"
@@ -343,6 +344,11 @@ class Schema:
             if h.times in (*self.labels, *h.fields):
                 raise DataError(
                     f"history {h.name!r}: times is {h.times!r}, a label or one of its fields; name a column of times"
+                )
+            if h.on_leak == "refuse" and (h.times is None or self.time is None):
+                raise DataError(
+                    f"history {h.name!r}: on_leak is 'refuse', but no leak would be found without the times of the behaviours "
+                    "(times) and of the row (the schema's time); name both columns"
                 )
             if h.gaps is None:
                 continue
@@ -581,12 +587,14 @@ class SparseColumn:
     """One column of ``Batch.sparse``. Ids run from 0 (padding) and 1 (OOV) to ``vocab_size`` − 1.
 
     ``table`` names the vocabulary: columns with the same one share embedding rows. ``parts``: of a cross, its two fields.
+    ``hashed``: there is no vocabulary, and unseen values have ids of others.
     """
 
     name: str
     vocab_size: int
     table: str
     parts: tuple[str, str] | None = None
+    hashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -495,6 +495,18 @@ class TestEvaluate:
         assert segments[-1] == pytest.approx(expected[-1], nan_ok=True)
         assert (segments[-1]["segment"], segments[-1]["rows"]) == ("all", 401)
 
+    def test_segments_of_lists_in_text_are_those_of_lists(self, data: Path, tmp_path: Path) -> None:
+        """As in CSV files."""
+        parts: dict[str, Any] = {}
+        for name in ("train", "test"):
+            table = pq.read_table(data / f"{name}.parquet")
+            text = [None if v is None else "|".join(map(str, v)) for v in table["genres"].to_pylist()]
+            parts[name] = table.set_column(table.schema.get_field_index("genres"), "genres", pa.array(text))
+        train(parts["train"], tiny(fit__epochs="1"), tmp_path / "run", DataOptions(schema=SCHEMA, split="random"))
+        segments = evaluate_run(tmp_path / "run", parts["test"], by="genres")["segments"]
+        names = history_segments([0 if not v else v.count("|") + 1 for v in parts["test"]["genres"].to_pylist()])
+        assert {s["segment"]: s["rows"] for s in segments} == {name: names.count(name) for name in names}
+
     def test_segments_of_lists_without_a_group(self, data: Path, tmp_path: Path) -> None:
         train(data / "train.parquet", tiny(fit__epochs="1"), tmp_path / "run", DataOptions(schema=SCHEMA, split="random"))
         table = pq.read_table(data / "test.parquet")

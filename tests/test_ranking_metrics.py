@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -225,8 +225,10 @@ def test_a_heat_map_of_gates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="k is 0; expected 1 or more"):
+    with pytest.raises(DataError, match="k is 0; expected a whole number, 1 or more"):
         rank_groups([0, 1], [0.1, 0.2], [1, 1], ks=(0,))
+    with pytest.raises(DataError, match=r"k is 2\.5; expected a whole number"):
+        rank_groups([0, 1], [0.1, 0.2], [1, 1], ks=cast(Any, (2.5,)))
     with pytest.raises(DataError, match="scores are not finite"):
         rank_groups([0, 1], [0.1, math.nan], [1, 1])
     with pytest.raises(DataError, match="group is float64"):
@@ -242,6 +244,9 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for models in ({}, {"dnn": one, "din": other}):
         with pytest.raises(DataError, match="not evaluated on the same rows"):
             history_table(models, "mrr")
+    for draw in (history_table, lambda models, metric: plot_by_history_length(models, metric, tmp_path / "plot.png")):
+        with pytest.raises(DataError, match=r"not measured by 'mmr', only by .*; did you mean 'mrr'"):
+            draw({"dnn": one}, "mmr")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="the plot needs matplotlib"):
         plot_by_history_length({"dnn": one}, "mrr", tmp_path / "plot.png")

@@ -208,7 +208,8 @@ class Encoder:
                 sequences.append(SequenceColumn(f.name, size, vocabulary_name(f), f.pooling, f.ordered, f.nested))
             else:
                 of = f.of if isinstance(f, CrossField) else None
-                sparse.append(SparseColumn(f.name, self.vocabularies[vocabulary_name(f)].size, vocabulary_name(f), of))
+                found = self.vocabularies[vocabulary_name(f)]
+                sparse.append(SparseColumn(f.name, found.size, vocabulary_name(f), of, isinstance(found, HashBuckets)))
         histories: list[HistoryColumn] = []
         for h in self.schema.histories:
             targets = [self._target(name) for name in h.fields]
@@ -220,12 +221,13 @@ class Encoder:
         )
 
     def _target(self, name: str) -> str | None:
-        """The field of the candidate that has the vocabulary of this attribute of a history: a sparse one, else a bag."""
+        """The field of the candidate that has the vocabulary of this attribute of a history: its owner, a sparse one, a bag."""
         table = vocabulary_name(self.schema[name])
         same = [f for f in self.schema.fields if f.side == "candidate" and vocabulary_name(f) == table]
         sparse = [f.name for f in same if isinstance(f, SparseField)]
         bags = [f.name for f in same if isinstance(f, SequenceField) and not f.ordered]
-        return next(iter(sparse + bags), None)
+        # others that share the vocabulary, such as the item clicked last, say less of the candidate than its owner
+        return next(iter(sorted(sparse + bags, key=lambda target: target != table)), None)
 
     @cached_property
     def hash(self) -> str:
@@ -283,11 +285,14 @@ class Encoder:
             pool.shutdown(cancel_futures=True)
 
     def transform(self, source: object, *, labels: bool = False) -> Batch:
-        """Encode a whole table in memory as one batch."""
-        table = open_source(source)
+        """Encode a whole table in memory as one batch; the log tells how many behaviours leak guards dropped."""
+        table, leaks = open_source(source), LeakCount()
         if table.num_rows == 0:
             raise DataError(f"{table.name} has no rows; expected at least one")
-        return next(self.encode(table, labels=labels, block_rows=table.num_rows)).batch()
+        block = next(self.encode(table, labels=labels, block_rows=table.num_rows))
+        leaks.add(block)
+        leaks.log(table.name)
+        return block.batch()
 
     def _columns(self, table: Source, special: Sequence[str]) -> list[_Column]:
         """What is to be encoded: the fields, and of labels, weight and group those that are among ``special``."""
@@ -860,7 +865,7 @@ def _flat(f: SequenceField, array: Any, describe: Describe, hint: str | None = N
 
     Of a nested field, the lists inside the lists are behaviours: between the two last comes how many values each of them has.
     """
-    lists = _lists(f, array, describe, hint)
+    lists = as_lists(f, array, describe, hint)
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int32)
     ends = np.cumsum(lengths)
 
@@ -930,7 +935,7 @@ def _scaled(numeric: Numeric, array: Any, describe: Describe) -> npt.NDArray[np.
     return scaled
 
 
-def _lists(f: SequenceField, array: Any, describe: Describe, hint: str | None) -> Any:
+def as_lists(f: SequenceField, array: Any, describe: Describe, hint: str | None = None) -> Any:
     """The column as a list array without nulls inside lists."""
     if isinstance(array, pa.DictionaryArray):
         array = array.dictionary_decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,13 @@ Ints = npt.NDArray[np.int64]
 
 
 def sample_negatives(
-    users_N: Ints, seen_users_M: Ints, seen_items_M: Ints, num_items: int, count: int, *, seed: int | Sequence[int]
+    users_N: npt.NDArray[np.integer[Any]],
+    seen_users_M: npt.NDArray[np.integer[Any]],
+    seen_items_M: npt.NDArray[np.integer[Any]],
+    num_items: int,
+    count: int,
+    *,
+    seed: int | Sequence[int],
 ) -> Ints:
     """For each of N impressions, ``count`` different items that its user did not meet.
 
@@ -32,8 +39,15 @@ def sample_negatives(
         [N, count] items.
 
     Raises:
-        DataError: an item outside the catalogue, a negative user, or a user who has fewer than ``count`` items left.
+        DataError: arrays that are no integers below 2⁶³, users and items of unequal number, a negative ``count``, an item
+            outside the catalogue, a negative user, or a user who has fewer than ``count`` items left.
     """
+    if count < 0:
+        raise DataError(f"count is {count}; expected 0 or more negatives for each impression")
+    if len(seen_users_M) != len(seen_items_M):
+        raise DataError(f"there are {len(seen_users_M)} users and {len(seen_items_M)} items that were met; expected pairs")
+    # of one type, since arrays of int64 and uint64 are joined as float64
+    users_N, seen_users_M, seen_items_M = (_integers(array) for array in (users_N, seen_users_M, seen_items_M))
     if len(seen_items_M) and not 0 <= seen_items_M.min() <= seen_items_M.max() < num_items:
         raise DataError(
             f"items run from {seen_items_M.min()} to {seen_items_M.max()}; expected 0 to {num_items - 1}: number them first"
@@ -43,7 +57,7 @@ def sample_negatives(
     # Users are numbered anew, so that neither memory nor a product of user and item depends on how large their numbers are.
     ids_U, user_A = np.unique(np.concatenate([users_N, seen_users_M]), return_inverse=True)
     number_N, seen_M = np.split(user_A.astype(np.int64), [len(users_N)])
-    met_K = np.unique(seen_M * num_items + seen_items_M.astype(np.int64))
+    met_K = np.unique(seen_M * num_items + seen_items_M)
     left_N = num_items - np.bincount(met_K // num_items, minlength=len(ids_U))[number_N]
     if (left_N < count).any():
         at = int(np.argmin(left_N))
@@ -62,6 +76,14 @@ def sample_negatives(
         items_NC[open_O] = items_OC
         open_O = open_O[wrong_OC.any(axis=1)]
     return items_NC
+
+
+def _integers(array: npt.NDArray[np.integer[Any]]) -> Ints:
+    if array.dtype.kind not in "iu" and array.size:
+        raise DataError(f"users or items are {array.dtype}; expected integers: number them first")
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        raise DataError(f"a user or item has the number {array.max()}; expected less than 2⁶³: number them anew")
+    return array.astype(np.int64)
 
 
 def _among(keys: Ints, sorted_K: Ints) -> npt.NDArray[np.bool_]:

@@ -315,9 +315,10 @@ class _Side:
             return {name: Ragged(nothing, start, start if name in nested else None) for name in self._behaviours}
         rows = {name: self._as_times(name, columns[name], row) for name in self._history_encoder.schema.inputs}
         try:
-            batch = self._history_encoder.transform(open_source(rows, self._name))
+            block = next(self._history_encoder.encode(open_source(rows, self._name), labels=False, block_rows=count))
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
             raise DataError(f"the columns of a history cannot be read ({error!s:.200})") from error
+        batch = block.batch()
         return {name: batch.sequences[name] for name in self._behaviours}
 
 

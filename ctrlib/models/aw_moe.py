@@ -33,7 +33,7 @@ from ctrlib.models.behaviours import (
 from ctrlib.models.ctr import Head, ModelComponent
 from ctrlib.models.moe import Experts, GateNorm, initialize_experts, normed_gate
 from ctrlib.ragged import expand, segment_max
-from ctrlib.schema import BatchLayout, FieldLayout, suggest
+from ctrlib.schema import PADDING_ID, BatchLayout, FieldLayout, suggest
 
 Context = Literal["target", "query", "target_and_query"]
 EmptyGate = Literal["learned", "uniform", "zeros"]
@@ -51,7 +51,9 @@ class GateContrast:
         similarity, temperature, negatives_from, symmetric: see :func:`~ctrlib.losses.info_nce`.
         negatives: rows drawn as negatives of each; ``None``: all rows of other users.
         exclude_same_user: rows of one user are no negatives of each other.
-        user: the sparse field that tells users apart, of which all unseen ones are one; ``None``: the group of the rows.
+        user: the sparse field that tells users apart, of which all unseen ones are one, and a dropped id (``id_dropout`` of
+            :func:`~ctrlib.models.contrastive.contrastive`) may be any; ``None``: the group of the rows, which must then be the
+            user. Name the field where the group is a session.
         detach: this loss trains the units of the gate alone, not the vectors of behaviours and context, which are then run
             through the units once more.
     """
@@ -160,6 +162,10 @@ class AWMoE(ModelComponent):
                     f"AWMoE.gate_bias adds a learned vector to every gate, but empty_gate {self.empty_gate!r} fixes those of "
                     "empty histories; set empty_gate to 'learned', or gate_bias to false"
                 )
+            if self.item_mlp is not None and self.item_mlp.norm == "batch":
+                raise ConfigError(
+                    "AWMoE.item_mlp has batch norms, which fail on a batch with a single behaviour; set its norm to 'layer'"
+                )
             if self.share_activation_unit and not self.use_activation_unit:
                 raise ConfigError("AWMoE.share_activation_unit needs use_activation_unit; set one of the two otherwise")
 
@@ -175,7 +181,8 @@ class AWMoE(ModelComponent):
         for name in config.query:
             if name not in fields.names:
                 raise ConfigError(f"AWMoE.query names {name!r}, which the model does not read{suggest(name, fields.names)}")
-        others = [n for n in fields.names if n not in (*config.query, *history.targets)]
+        compared = [target for name, target in zip(history.fields, history.targets, strict=True) if name in attributes.names]
+        others = [n for n in fields.names if n not in (*config.query, *compared)]
         self.query_at: Tensor
         self.other_at: Tensor
         for buffer, names in (("query_at", list(config.query)), ("other_at", others)):
@@ -305,12 +312,16 @@ class AWMoE(ModelComponent):
         )
 
     def same_user(self, batch: Batch) -> Tensor:
-        """[B, B]: whether two rows are of one user.
+        """[B, B]: whether two rows are of one user, or may be: an id that was dropped is anybody's.
 
         Raises:
             ConfigError: the batch does not tell.
         """
-        user_B = batch.group if self.user is None else batch.sparse[:, self.user]
+        if self.user is not None:
+            id_B = batch.sparse[:, self.user]
+            gone_B = id_B == PADDING_ID
+            return (id_B.unsqueeze(1) == id_B.unsqueeze(0)) | gone_B.unsqueeze(1) | gone_B.unsqueeze(0)
+        user_B = batch.group
         if user_B is None:
             raise ConfigError(
                 "AWMoE's contrastive loss must know which rows are of one user, and the data has no group; name the column "

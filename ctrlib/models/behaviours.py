@@ -96,7 +96,7 @@ def read_behaviours(embedding: FeatureEmbedding, batch: Batch, history: str) -> 
     """
     found = embedding.behaviours(batch, history)
     h_NW = found.x_NAD.flatten(1)
-    return Steps(h_NW, found.offsets_B1, segment_ids(found.offsets_B1, h_NW.shape[0]), (h_NW != 0).any(1))
+    return Steps(h_NW, found.offsets_B1, segment_ids(found.offsets_B1, h_NW.shape[0]), found.real_N)
 
 
 def choose_histories(

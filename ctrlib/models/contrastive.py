@@ -101,7 +101,7 @@ class Contrast(nn.Module):
         chances = [config.id_mask if name in id_fields else config.field_mask for name in names]
         self.register_buffer("chance", torch.tensor(chances), persistent=False)
         self.register_buffer("mine", torch.tensor([[name in fields] for name in names]), persistent=False)
-        self.identity = Identity([i for i, c in enumerate(layout.sparse) if c.name in fields])
+        self.identity = Identity(fields, id_fields, layout)
 
     def forward(self, batch: Batch, x_BFD: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """The batch as it came, its tokens, the encoder → a scalar."""
@@ -136,25 +136,37 @@ def check_encoder(what: str, block: Interaction) -> None:
 
 
 class Identity(nn.Module):
-    """Which rows of a batch agree in some sparse columns.
+    """Which rows of a batch are of one thing, such as a user: those that agree in all sparse fields of it, or in a known id.
 
-    Rows are compared by a 64-bit hash of their ids: equal rows always agree, and that others do has a chance of 2⁻⁶⁴ a pair.
+    Where the fields hold no id, only the former is left, and a field that changes from row to row keeps all rows apart. All
+    fields are compared by a 64-bit hash: equal rows always agree, and that others do has a chance of 2⁻⁶⁴ a pair.
+
+    Args:
+        fields: of the thing; those that are not sparse are not looked at.
+        id_fields: fields of ids, of this thing and others.
+        layout: of the batches.
     """
 
-    def __init__(self, columns: Sequence[int]) -> None:
+    def __init__(self, fields: Sequence[str], id_fields: Sequence[str], layout: BatchLayout) -> None:
         super().__init__()
+        columns = [i for i, c in enumerate(layout.sparse) if c.name in fields]
+        self.ids = [i for i in columns if layout.sparse[i].name in id_fields]
         self.columns: Tensor
         self.factors: Tensor
         factors = torch.randint(-(2**63), 2**63 - 1, (len(columns),), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("columns", torch.tensor(list(columns), dtype=torch.int64), persistent=False)
+        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
         self.register_buffer("factors", factors, persistent=False)
 
     def same(self, batch: Batch) -> Tensor | None:
-        """[B, B], True where two rows agree; ``None``: there are no columns to compare."""
+        """[B, B], True where two rows are of one; ``None``: there are no columns to compare."""
         if not len(self.columns):
             return None
         code_B = (batch.sparse.index_select(1, self.columns).long() * self.factors).sum(1)
-        return code_B.unsqueeze(1) == code_B.unsqueeze(0)
+        same_BB = code_B.unsqueeze(1) == code_B.unsqueeze(0)
+        for column in self.ids:
+            id_B = batch.sparse[:, column]
+            same_BB = same_BB | ((id_B.unsqueeze(1) == id_B.unsqueeze(0)) & (id_B > OOV_ID))
+        return same_BB
 
 
 class KnownIds(nn.Module):
@@ -169,7 +181,7 @@ class KnownIds(nn.Module):
         layout: of the batches.
 
     Raises:
-        ConfigError: a field that is not sparse, or a chance outside [0, 1).
+        ConfigError: a field that is not sparse, or has hashed ids, or a chance outside [0, 1).
     """
 
     def __init__(self, fields: Sequence[str], dropout: float, layout: BatchLayout) -> None:
@@ -179,6 +191,11 @@ class KnownIds(nn.Module):
         for name in fields:
             if name not in names:
                 raise ConfigError(f"id_fields names {name!r}, which is no sparse field of the data{suggest(name, names)}")
+            if layout.sparse[names.index(name)].hashed:
+                raise ConfigError(
+                    f"id_fields names {name!r}, whose ids are hashed, so that an unseen one cannot be told from those of "
+                    "training; give the field a vocabulary (no hash_size), or leave it out of id_fields"
+                )
         if dropout and not fields:
             raise ConfigError(f"id_dropout is {dropout}, but id_fields is empty; name the fields that hold ids")
         self.dropout = dropout

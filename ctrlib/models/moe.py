@@ -154,6 +154,10 @@ class MoE(ModelComponent):
         attention: TargetAttention.Config | None = None
 
         def __post_init__(self) -> None:
+            if self.gate_fields is not None and not self.gate_fields:
+                raise ConfigError(
+                    "MoE.gate_fields is empty, so that gates would read nothing; name some fields, or None for all"
+                )
             if self.top_k is not None:
                 positive("MoE.top_k", self.top_k)
             if self.tower is not None and self.tower.output_dim is not None:
@@ -180,7 +184,7 @@ class MoE(ModelComponent):
             if name not in names:
                 raise ConfigError(f"MoE.gate_fields names {name!r}, which the model does not read{suggest(name, names)}")
         self.read: Tensor
-        self.register_buffer("read", torch.tensor([names.index(name) for name in read]), persistent=False)
+        self.register_buffer("read", torch.tensor([names.index(name) for name in read], dtype=torch.int64), persistent=False)
         self.experts = Experts(config.experts, tokens, num_labels if config.tower is None else None)
         self.num_gates = num_labels if config.gates == "per_label" else 1
         self.gate = nn.Linear(len(read) * tokens.dim, self.num_gates * config.experts.count)

@@ -30,7 +30,7 @@ class TwoTower(ModelComponent):
     Shape: Batch → Output(logits [B]). z are the flattened outputs of the towers, of one width k. In training there are up to
     three auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side
     (:class:`.Contrast`), and ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch. There, rows
-    of the same user or of the same item are no negatives. Rows of weight 0 are left out of all three.
+    of the same user or of the same item (:class:`.Identity`) are no negatives. Rows of weight 0 are left out of all three.
 
     NOTE[DIFF] the negatives of ``contrastive_cross`` come as often as they are clicked; there is no correction by −ln p(v), for
     which the model would have to know how often that is.
@@ -99,9 +99,7 @@ class TwoTower(ModelComponent):
         self.user_contrast, self.item_contrast = (
             Contrast(config.contrast, fields, config.id_fields, fields, layout) for fields in (user, item)
         )
-        self.user_id, self.item_id = (
-            Identity([i for i, c in enumerate(layout.sparse) if c.name in fields]) for fields in (user, item)
-        )
+        self.user_id, self.item_id = (Identity(fields, config.id_fields, layout) for fields in (user, item))
         initialize(self, config.weight_init)
 
     @property

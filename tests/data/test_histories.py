@@ -325,6 +325,25 @@ def test_leaks_are_refused(encoder: Encoder, tmp_path: Path) -> None:
         refusing.transform(rows)
 
 
+def test_refusing_leaks_needs_both_times() -> None:
+    for times, time in ((None, "t"), ("ht", None)):
+        history = History(fields=("h",), times=times, on_leak="refuse")
+        fields = (SparseField(name="x"), SequenceField(name="h", ordered=True, shares="x"))
+        with pytest.raises(DataError, match="history 'history': on_leak is 'refuse', but no leak would be found without"):
+            Schema(fields=fields, labels=("y",), time=time, histories=(history,))
+
+
+def test_behaviours_are_compared_with_the_owner_of_their_vocabulary() -> None:
+    fields = (
+        SparseField(name="clicked_last", shares="item"),
+        SparseField(name="item"),
+        SequenceField(name="h", ordered=True, shares="item"),
+    )
+    schema = Schema(fields=fields, labels=("y",), histories=(History(fields=("h",)),))
+    encoder = Encoder.fit(schema, [{"clicked_last": 1, "item": 2, "h": [1, 2], "y": i} for i in (0, 1)])
+    assert encoder.layout.histories[0].targets == ("item",)
+
+
 def leaking(**options: Any) -> tuple[Schema, list[dict[str, Any]]]:
     """Rows at time 100, whose last behaviour is known at 500 only; the one before has two tags."""
     fields = (

@@ -70,10 +70,25 @@ def test_numbers_of_users_of_any_size(kind: type[np.integer[Any]], shift: int) -
     assert left.min() >= 49_000
 
 
+def test_types_that_have_no_common_integer_type() -> None:
+    """2⁶⁰ as int64 and 2⁶⁰ + 1 as uint64 are two users, though one number as float64."""
+    seen = np.full(4, 2**60 + 1, np.uint64)
+    found = sample_negatives(np.full(50, 2**60), seen, np.arange(4, dtype=np.uint64), 6, 2, seed=0)
+    assert set(found.ravel()) == set(range(6))
+
+
 def test_what_cannot_be_drawn() -> None:
     with pytest.raises(DataError, match="user 2 has met all but 4 of 6 items, so 5 negatives cannot be drawn"):
         sample_negatives(np.array([7, 2]), USERS, ITEMS, 6, 5, seed=0)
     with pytest.raises(DataError, match="items run from 0 to 5; expected 0 to 4: number them first"):
         sample_negatives(np.array([0]), USERS, ITEMS, 5, 1, seed=0)
+    with pytest.raises(DataError, match="count is -1; expected 0 or more"):
+        sample_negatives(np.array([0]), USERS, ITEMS, 6, -1, seed=0)
+    with pytest.raises(DataError, match=f"there are {len(USERS)} users and 1 items that were met; expected pairs"):
+        sample_negatives(np.array([0]), USERS, ITEMS[:1], 6, 1, seed=0)
+    with pytest.raises(DataError, match="users or items are float64; expected integers"):
+        sample_negatives(np.array([0.5]), USERS, ITEMS, 6, 1, seed=0)
+    with pytest.raises(DataError, match="a user or item has the number 9223372036854775808; expected less"):
+        sample_negatives(np.array([2**63], np.uint64), USERS, ITEMS, 6, 1, seed=0)
     with pytest.raises(DataError, match="a user has a number below 0"):
         sample_negatives(np.array([-1]), USERS, ITEMS, 6, 1, seed=0)

@@ -633,7 +633,40 @@ def test_options(make_config: Any, message: str) -> None:
         make_config()
 
 
+def test_every_field_is_read_with_networks_of_their_own_too() -> None:
+    """The category of the candidate is compared with no behaviour here, but is a field like any other."""
+    fields = ("user", "item", "category", "hist_item")
+    flat = aw_moe(embedding=FeatureEmbedding.Config(dim=4, init_std=0.5, fields=fields), item_mlp=MLP.Config(hidden_units=(6,)))
+    flat.eval()
+    batch = rows(5, lengths=[1, 2, 3, 4, 2])
+    for column, name in enumerate(c.name for c in LAYOUT.sparse):
+        sparse = batch.sparse.clone()
+        sparse[:, column] = torch.where(sparse[:, column] == 2, 3, 2)
+        changed = (flat(replace(batch, sparse=sparse)).logits != flat(batch).logits).all()
+        assert bool(changed) == (name in fields)
+
+
+def test_a_dropped_user_may_be_any() -> None:
+    model = aw_moe(contrast=GateContrast(user="user"))
+    batch = rows(4, lengths=[1, 1, 1, 1])
+    batch.sparse[:, 0] = torch.tensor([2, 3, 0, 2])
+    same = model.same_user(batch).tolist()
+    assert same == [[True, False, True, True], [False, True, True, False], [True] * 4, [True, False, True, True]]
+
+
+def test_dropout_makes_no_padding() -> None:
+    """Of 400 rows with one behaviour of few numbers each, dropout leaves some none that is not zero."""
+    alone = replace(LAYOUT, histories=(HistoryColumn("history", ("hist_item",), ("item",)),))
+    model = aw_moe(alone, embedding=FeatureEmbedding.Config(dim=2, init_std=0.5, dropout=0.7)).train()
+    batch = rows(400, lengths=[1] * 400)
+    steps, _, _ = model.read(batch)
+    assert (steps.h_NW == 0).all(1).any()
+    assert bool((steps.count() == 1).all())
+
+
 def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"AWMoE.item_mlp has batch norms, .* single behaviour; set its norm to 'layer'"):
+        aw_moe(item_mlp=MLP.Config(hidden_units=(6,), norm="batch"))
     with pytest.raises(ConfigError, match="AWMoE reads a history of behaviours, but the data has none; declare one"):
         aw_moe(replace(LAYOUT, histories=()))
     two = replace(LAYOUT, histories=(HISTORY, HistoryColumn("views", ("tags",), (None,))))

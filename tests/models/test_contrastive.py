@@ -22,7 +22,16 @@ from ctrlib.interactions.fm import FM
 from ctrlib.interactions.mlp import MLP
 from ctrlib.losses import total_loss
 from ctrlib.models.catgcn import CatGCN
-from ctrlib.models.contrastive import Contrast, ContrastConfig, Contrasted, ContrastiveModel, Identity, contrastive, view
+from ctrlib.models.contrastive import (
+    Contrast,
+    ContrastConfig,
+    Contrasted,
+    ContrastiveModel,
+    Identity,
+    KnownIds,
+    contrastive,
+    view,
+)
 from ctrlib.models.ctr import CTRModel, ModelComponent, build_model
 from ctrlib.models.presets import COMPONENTS, preset
 from ctrlib.ranking import Ranker
@@ -99,12 +108,22 @@ def test_the_same_item_twice_is_no_negative() -> None:
 def test_rows_are_the_same_where_all_ids_agree() -> None:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(-3, 3, (200, 4), generator=g).int()
+    layout = BatchLayout(sparse=tuple(SparseColumn(f"f{i}", 9, f"f{i}") for i in range(4)))
     batch = Batch(sparse=ids, dense=torch.zeros(200, 0))
-    same = Identity([0, 2, 3]).same(batch)
+    same = Identity(["f0", "f2", "f3"], (), layout).same(batch)
     assert same is not None
     assert torch.equal(same, (ids[:, None, [0, 2, 3]] == ids[None, :, [0, 2, 3]]).all(-1))
     assert same.sum() > 200
-    assert Identity([]).same(batch) is None
+    assert Identity([], (), layout).same(batch) is None
+
+
+def test_a_known_id_tells_rows_apart_whatever_else_changes() -> None:
+    """User 5 at two hours is one user; the unknown ones (1) are told apart by what else is known of them."""
+    layout = BatchLayout(sparse=tuple(SparseColumn(name, 9, name) for name in ("user", "hour", "item")))
+    ids = torch.tensor([[5, 2, 7], [5, 3, 8], [6, 2, 9], [1, 2, 4], [1, 3, 4], [1, 3, 6]]).int()
+    same = Identity(["user", "hour"], ("user", "item"), layout).same(Batch(sparse=ids, dense=torch.zeros(6, 0)))
+    assert same is not None
+    assert [pair for pair in same.nonzero().tolist() if pair[0] < pair[1]] == [[0, 1], [4, 5]]
 
 
 def test_views_leave_out_fields_with_their_chance() -> None:
@@ -306,6 +325,9 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_errors() -> None:
+    hashed = BatchLayout(sparse=(SparseColumn("item", 9, "item", hashed=True),))
+    with pytest.raises(ConfigError, match=r"id_fields names 'item', whose ids are hashed, .* give the field a vocabulary"):
+        KnownIds(("item",), 0.0, hashed)
     with pytest.raises(ConfigError, match=r"views_of names 'itm', which the model does not read; did you mean 'item'"):
         make(contrastive(PLAIN, views_of=(("itm",),)))
     with pytest.raises(ConfigError, match=r"the interaction \(FM\) returns one number"):

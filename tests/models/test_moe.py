@@ -181,6 +181,8 @@ def test_a_gate_that_sees_some_fields_only() -> None:
         ConfigError, match="gate_fields names 'categori', which the model does not read; did you mean 'category'"
     ):
         moe(gate_fields=("categori",))
+    with pytest.raises(ConfigError, match="gate_fields is empty, so that gates would read nothing"):
+        moe(gate_fields=())
 
 
 def test_attention_is_an_option() -> None:
