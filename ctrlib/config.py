@@ -51,6 +51,12 @@ def positive(name: str, *values: float) -> None:
             raise ConfigError(f"{name} is {value}; expected a number above 0")
 
 
+def check_seed(seed: int) -> None:
+    """Raise :class:`ConfigError` unless it is a seed that NumPy takes."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+
+
 def fraction(name: str, *values: float) -> None:
     """Raise :class:`ConfigError` unless every value is in [0, 1)."""
     for value in values:

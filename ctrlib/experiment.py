@@ -39,7 +39,7 @@ from ctrlib.calibration import (
     sampling_intercept,
     sigmoid,
 )
-from ctrlib.config import ConfigError, check_choice, check_not_negative, override, positive, to_json
+from ctrlib.config import ConfigError, check_choice, check_not_negative, check_seed, override, positive, to_json
 from ctrlib.data.encoder import Encoder, as_lists
 from ctrlib.data.loader import EVALUATION_ROWS, Loader, StreamLoader
 from ctrlib.data.memory import half_of_free_mb
@@ -168,7 +168,7 @@ class DataOptions:
     cross_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        check_seed(self.seed)
         for option, value in self.crossing.items():
             positive(f"cross_{option}", value)
         if self.cross_memory_mb is not None:
@@ -184,11 +184,6 @@ class DataOptions:
         """What :meth:`.Schema.with_crosses` is to be given; empty if no crosses are to be added."""
         given = {"min_count": self.cross_min_count, "max_size": self.cross_max_size, "hash_size": self.cross_hash_size}
         return {option: value for option, value in given.items() if value is not None}
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:  # what NumPy takes
-        raise ConfigError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
 
 
 def _given_schema(table: Source, options: DataOptions) -> Schema | None:
@@ -316,7 +311,7 @@ def train(
     model trains is no error: the run is whole, with the best weights so far, and the report says ``"interrupted": true``.
     """
     options = options or DataOptions()
-    _check_seed(seed)
+    check_seed(seed)
     for frozen in config.model.embedding.frozen:
         if frozen not in config.pretrained:
             raise ConfigError(

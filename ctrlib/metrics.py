@@ -213,7 +213,7 @@ def summarize_classes(labels: ArrayLike, probabilities: ArrayLike, *, weight: Ar
     Returns:
         ``rows`` (an int, of those that count), ``accuracy`` of the likeliest class, ``macro_f1`` (the mean over classes of
         2·hits / (rows of the class + rows said to be of it), over those that are there or are said to be), ``auc`` (of the
-        second class; of more than two, the mean of each against the rest) and ``log_loss``.
+        second class; of more than two, the mean of each that is there against the rest) and ``log_loss``.
 
     Raises:
         DataError: see the top of this module.
@@ -238,12 +238,14 @@ def summarize_classes(labels: ArrayLike, probabilities: ArrayLike, *, weight: Ar
     hits_C = np.bincount(y_N[said_N == y_N], minlength=count)
     known_C = there_C + told_C > 0
     own_N = np.clip(p_NC[np.arange(len(y_N)), y_N], np.finfo(np.float64).eps, 1)
-    aucs = [auc(y_N == c, p_NC[:, c]) for c in ([1] if count == 2 else range(count))]
+    # of a class that has no row, or has all, there is none
+    both = [1] if count == 2 else [c for c in range(count) if 0 < there_C[c] < len(y_N)]
+    aucs = [auc(y_N == c, p_NC[:, c]) for c in both]
     return {
         "rows": len(y_N),
         "accuracy": _ratio(hits_C.sum(), len(y_N)),
         "macro_f1": _ratio((2 * hits_C[known_C] / (there_C + told_C)[known_C]).sum(), known_C.sum()),
-        "auc": float(np.mean(aucs)),
+        "auc": float(np.mean(aucs)) if aucs else float("nan"),
         "log_loss": _ratio(-(w_N * np.log(own_N)).sum(), w_N.sum()),
     }
 

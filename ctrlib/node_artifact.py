@@ -76,7 +76,10 @@ class NodeArtifact:
         """
         if ids is None:
             return self._known.copy()
-        wanted = ids if isinstance(ids, pa.Array) else pa.array(ids)
+        try:
+            wanted = ids if isinstance(ids, pa.Array) else pa.array(ids)
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(f"the ids cannot be read as one kind ({error!s:.200}); expected {self.ids.type}") from error
         try:
             found = places(wanted, self.ids)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -103,8 +106,10 @@ class NodeArtifact:
         """
         table = open_source(nodes, "the table of new nodes")
         table.require([self.columns["id"]], ", the id of the nodes")
-        new = _cast(node_ids(table, self.columns["id"]), self.ids.type)
-        known = pc.is_in(new, value_set=self.ids)
+        old_ids, new = _alike(self.ids, node_ids(table, self.columns["id"]))
+        if pc.count_distinct(new).as_py() < len(new):
+            raise DataError(f"two new nodes have one id when read as {new.type}, as those of the training nodes are")
+        known = pc.is_in(new, value_set=old_ids)
         if pc.any(known).as_py():
             raise DataError(f"node {new.filter(known)[0]} is known already; ask predict for it, and give only new nodes here")
         features = encode_nodes(self.artifact.encoder, table, new)
@@ -114,7 +119,7 @@ class NodeArtifact:
             lines = open_source(edges, "the table of edges")
             names = [self.columns["source"], self.columns["target"]]
             lines.require(names, ", an end of the edges")
-            everyone = pa.concat_arrays([self.ids, new])
+            everyone = pa.concat_arrays([old_ids, new])
             ends = np.stack([edge_ends(lines, name, everyone, "the known and the new nodes") for name in names])
             old = np.flatnonzero((ends < len(self.ids)).all(0))
             if len(old):
@@ -161,11 +166,15 @@ def load_nodes(run: str | Path) -> NodeArtifact:
     return NodeArtifact(artifact.load(run), ids, adjacency, tensors["hidden"], columns)
 
 
-def _cast(ids: Any, kind: Any) -> Any:
-    try:
-        return ids.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise _other_type(ids.type, kind) from error
+def _alike(known: Any, new: Any) -> tuple[Any, Any]:
+    """Both kinds of ids as one type: that of the known ones, or one that holds the integers of both."""
+    wide = [pa.int64(), pa.uint64()] if pa.types.is_integer(known.type) and pa.types.is_integer(new.type) else []
+    for kind in (known.type, *wide):
+        try:
+            return known.cast(kind), new.cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            continue
+    raise _other_type(new.type, known.type)
 
 
 def _other_type(found: Any, kind: Any) -> DataError:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ctrlib import artifact
 from ctrlib.batch import Batch
-from ctrlib.config import check_choice, check_not_negative, override, positive, to_json
+from ctrlib.config import ConfigError, check_choice, check_not_negative, check_seed, override, positive, to_json
 from ctrlib.data.graph import SPLITS, ClassWeight, Graph, GraphOptions, read_graph
 from ctrlib.data.subgraphs import Clusters, Neighbourhoods, Partition, partition
 from ctrlib.experiment import torch_device
@@ -81,6 +81,14 @@ class NodeRunConfig:
         positive("batch_size", self.batch_size)
         positive("fan_outs", *self.fan_outs)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        if self.fan_outs and self.batches != "neighbours":
+            raise ConfigError(f"fan_outs is {self.fan_outs}, which has no effect for batches {self.batches!r}; leave it out")
+        if self.fit.monitor == "gauc":
+            raise ConfigError("fit.monitor is 'gauc', and nodes have no groups; expected auc, log_loss, accuracy or macro_f1")
+        if self.model.embedding.frozen:
+            raise ConfigError(
+                f"embedding.frozen names {self.model.embedding.frozen[0]!r}, and nodes have no pretrained vectors; leave it out"
+            )
 
 
 def configure_nodes(
@@ -114,7 +122,8 @@ def train_nodes(
     """Train, evaluate and save one model of nodes.
 
     Args:
-        nodes, edges: tables, see :func:`~ctrlib.data.graph.read_graph`; or a :class:`~ctrlib.data.graph.Graph` and ``None``.
+        nodes, edges: tables, see :func:`~ctrlib.data.graph.read_graph`; or the :class:`~ctrlib.data.graph.Graph` that it made
+            with the same options, and ``None``.
         config: see :func:`configure_nodes`.
         out: folder of the new run: ``artifact/``, ``graph/``, ``config.json``, ``history.jsonl``, ``metrics.json``.
         options: see :class:`~ctrlib.data.graph.GraphOptions`.
@@ -128,12 +137,20 @@ def train_nodes(
         DataError, ConfigError: see the functions above.
         TrainingDivergedError: the loss is not finite.
     """
+    check_seed(seed)
     if config.batches == "neighbours":
         check_reach(config.model.propagation, config.fan_outs)
+    if isinstance(nodes, Graph) and edges is not None:
+        raise ConfigError("edges are given beside a Graph, which has its own; give None")
     device = torch_device(config.device)
     with new_folder(out) as part:
         started = time.perf_counter()
         graph = nodes if isinstance(nodes, Graph) else read_graph(nodes, edges, options)
+        if config.fit.compile and config.model.recompute and graph.adjacency.num_nodes > config.model.block_nodes:
+            raise ConfigError(
+                f"fit.compile does not reach nodes that are encoded block by block and once more for the gradient; set "
+                f"model.recompute to false, model.block_nodes to {graph.adjacency.num_nodes} or more, or fit.compile to false"
+            )
         write_json(part / "config.json", {"name": name, "seed": seed, **to_json(config)})
         seed_everything(seed)
         model = cast(CatGCN, build_model(config.model, graph.encoder.layout)).to(device)

@@ -23,7 +23,7 @@ def predict_run(run: str | Path, data: object, out: str | Path, *, edges: object
         run: a run or artifact folder, or a run on nodes.
         data: raw rows, labels not needed; of a run on nodes a table of new nodes, or ``None`` for all known ones.
         out: the new file. Of rows it has a column for each label, in the order of the rows; of nodes their ids, and a column
-            ``probability_CLASS`` for each class.
+            ``probability_CLASS`` for each class; of the ``artifact/`` of a run on nodes the latter, without looking at edges.
         edges: of the new nodes, see :meth:`.NodeArtifact.predict_new`.
 
     Returns:
@@ -53,7 +53,8 @@ def _of_rows(run: str | Path, data: object, edges: object) -> pa.Table:
         raise ConfigError(f"{run} is a run on rows; name a table of rows, and no edges")
     found = loaded.predict(data)
     columns = [found] if found.ndim == 1 else list(found.T)
-    return pa.table(dict(zip(loaded.schema.labels, columns, strict=True)))
+    names = [f"probability_{c}" for c in loaded.schema.classes] or loaded.schema.labels
+    return pa.table(dict(zip(names, columns, strict=True)))
 
 
 def _of_nodes(run: str | Path, data: object, edges: object) -> pa.Table:

@@ -54,7 +54,15 @@ def test_metrics_equal_those_of_scikit_learn(count: int) -> None:
 def test_a_class_that_is_neither_there_nor_said_is_no_zero_in_the_mean() -> None:
     found = summarize_classes([0, 1], [[0.9, 0.1, 0], [0.2, 0.8, 0]])
     assert found["macro_f1"] == 1
-    assert math.isnan(found["auc"])
+    assert found["auc"] == 1  # of the two classes that are there
+
+
+def test_auc_is_the_mean_over_the_classes_that_are_there() -> None:
+    """Of three classes, none of the last: the mean of the first two against the rest. Of a single class there is none."""
+    p = np.array([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.4, 0.5, 0.1], [0.5, 0.3, 0.2]])
+    found = summarize_classes([0, 0, 1, 1], p)
+    assert found["auc"] == pytest.approx((2 / 4 + 3 / 4) / 2)  # by counting pairs
+    assert math.isnan(summarize_classes([1, 1, 1, 1], p)["auc"])
 
 
 def test_metrics_refuse_what_cannot_be() -> None:

@@ -126,6 +126,39 @@ def test_bad_new_nodes(loaded: NodeArtifact) -> None:
         loaded.predict_new(new(), pa.table({"source": ["a", "n1"], "target": ["n1", "n2"]}))
 
 
+def test_ids_of_new_nodes_may_be_larger_than_those_known(tmp_path: Path) -> None:
+    nodes, edges = graphs.tables()
+    number = pa.array(range(120), pa.uint8())
+    ends = {end: pa.array([int(name[1:]) for name in edges[end].to_pylist()]) for end in ("source", "target")}
+    train_nodes(nodes.set_column(0, "id", number), pa.table(ends), configure_nodes(epochs=2), tmp_path / "run", TEAM)
+    loaded = load_nodes(tmp_path / "run")
+    new = pa.table({"id": [300, 3_000_000_000], "features": [[1], [2]]})
+    assert loaded.predict_new(new, pa.table({"source": [300], "target": [3_000_000_000]})).shape == (2, 3)
+    with pytest.raises(DataError, match="two new nodes have one id when read as uint8"):
+        loaded.predict_new(pa.table({"id": ["200", "0200"], "features": [[1], [2]]}))
+    for ids in ([1, "n7"], [2**64]):
+        with pytest.raises(DataError, match=r"the ids cannot be read as one kind \(.*\); expected uint8"):
+            loaded.predict(ids)
+
+
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    def train(message: str, **options: str) -> None:
+        dotted = {key.replace("__", "."): value for key, value in options.items()}
+        with pytest.raises(ConfigError, match=message):
+            train_nodes(*graphs.tables(), configure_nodes(options=dotted, epochs=1), tmp_path / "run", TEAM)
+
+    train(r"fan_outs is \(3, 3\), which has no effect for batches 'full'", fan_outs="3,3")
+    train("fit.monitor is 'gauc', and nodes have no groups", fit__monitor="gauc")
+    train("embedding.frozen names 'features', and nodes have no pretrained vectors", model__embedding__frozen="features")
+    compiled = {"fit__compile": "true", "model__block_nodes": "50"}
+    train("set model.recompute to false, model.block_nodes to 120 or more, or fit.compile to false", **compiled)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="seed is -1; expected a whole number"):
+        train_nodes(*graphs.tables(), configure_nodes(epochs=1), tmp_path / "run", TEAM, seed=-1)
+    with pytest.raises(ConfigError, match="edges are given beside a Graph"):
+        train_nodes(graphs.graph(), graphs.tables()[1], configure_nodes(epochs=1), tmp_path / "run", TEAM)
+
+
 def test_a_damaged_or_other_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no run on nodes"):
         load_nodes(tmp_path)

@@ -73,6 +73,14 @@ def test_nodes(nodes: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(found.columns[1:], 1), loaded.predict_new(new, edges))
 
 
+def test_rows_by_the_artifact_of_a_run_on_nodes(nodes: Path, tmp_path: Path) -> None:
+    rows = pa.table({"features": [[1, 2], [25, 21]]})
+    assert ctrlib.predict_run(nodes / "artifact", rows, tmp_path / "rows.parquet") == 2
+    found = pq.read_table(tmp_path / "rows.parquet")
+    assert found.column_names == [f"probability_team {i}" for i in range(3)]
+    np.testing.assert_array_equal(np.stack(found.columns, 1), ctrlib.load(nodes / "artifact").predict(rows))
+
+
 def test_refusals_leave_nothing(clicks: Path, nodes: Path, tmp_path: Path) -> None:
     rows, out = pq.read_table(clicks / "test.parquet"), tmp_path / "p.parquet"
     with pytest.raises(DataError, match="is not an artifact"):

@@ -142,8 +142,11 @@ def _plain(values: Any) -> Any:
 
 def _values(table: Source, column: str) -> Any:
     values = _plain(table.column(column))
-    if values.null_count:
-        row = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
+    if pa.types.is_nested(values.type):
+        raise DataError(f"column {column!r} of {table.name} holds {values.type}; expected one value an interaction")
+    gone = pc.is_null(values, nan_is_null=True).to_numpy(zero_copy_only=False)
+    if gone.any():
+        row = int(np.argmax(gone))
         raise DataError(f"column {column!r}, {table.locate(row)}: the value is missing; expected one in every interaction")
     return values
 

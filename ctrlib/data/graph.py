@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from ctrlib.batch import Batch, Edges
+from ctrlib.config import check_seed
 from ctrlib.data.adjacency import Adjacency, Nodes
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.source import Source, open_source
@@ -38,13 +39,13 @@ class GraphOptions:
     """How tables of nodes and edges become a :class:`Graph`.
 
     Args:
-        label: the column of classes: text, whole numbers or booleans; a node without a value has none.
+        label: the column of classes: text, whole numbers or booleans; a node without a value, or with empty text, has none.
         id: the column that names nodes.
         source, target: the columns of the edges' ends.
         schema: a file or a :class:`~ctrlib.schema.Schema` of the features; ``None``: all columns of lists.
-        split: a column that says ``train``, ``valid`` or ``test``; a node that says nothing else than these is in none.
-            ``None``: nodes with a label are cut at random.
-        shares: of the splits, where they are cut.
+        split: a column that says ``train``, ``valid`` or ``test``; a node that says anything else is in none. ``None``: nodes
+            with a label are cut at random.
+        shares: of the splits, where they are cut at random.
         symmetrize: see :meth:`Adjacency.from_pairs`.
         seed: of the split.
     """
@@ -60,11 +61,16 @@ class GraphOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         shares = [self.shares.get(name, 0.0) for name in SPLITS]
-        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9 or len(self.shares) > len(SPLITS):
             raise DataError(
                 f"the shares are {dict(self.shares)}; expected numbers above 0 for {', '.join(SPLITS)} that sum to 1"
             )
+        if self.split is not None and self.shares != _SHARES:
+            raise DataError(f"the split is that of column {self.split!r}, so shares have no effect; give one of the two")
+        if self.source == self.target:
+            raise DataError(f"both ends of an edge are column {self.source!r}; name two columns")
 
 
 @dataclass(frozen=True)
@@ -170,8 +176,10 @@ def node_ids(table: Source, column: str) -> Any:
         DataError: there is none, one is missing, one is there twice, or they are no single values.
     """
     ids = _plain(table.column(column))
-    if pa.types.is_nested(ids.type):
-        raise DataError(f"column {column!r} of {table.name} holds {ids.type}; expected one id a node, such as a number or text")
+    if pa.types.is_nested(ids.type) or pa.types.is_floating(ids.type):
+        raise DataError(
+            f"column {column!r} of {table.name} holds {ids.type}; expected one id a node, such as a whole number or text"
+        )
     if len(ids) == 0:
         raise DataError(f"{table.name} has no nodes; expected at least one")
     if ids.null_count:
@@ -223,13 +231,16 @@ def places(values: Any, ids: Any) -> Any:
 
 
 def encode_nodes(encoder: Encoder, table: Source, ids: Any) -> Batch:
-    """A Batch of all nodes.
+    """A Batch of all nodes. A missing value of a field is an id like any other, but no feature alone.
 
     Raises:
         DataError: a node has no feature.
     """
     batch = encoder.transform(table)
-    counts = (batch.sparse > 0).sum(1).numpy()
+    counts = np.zeros(len(ids), dtype=np.int64)
+    for column in encoder.layout.sparse:
+        gone = [pc.is_null(_plain(table.column(name)), nan_is_null=True) for name in column.parts or (column.name,)]
+        counts += ~np.any([one.to_numpy(zero_copy_only=False) for one in gone], axis=0)
     for ragged in batch.sequences.values():
         flat = ragged.flat
         before = np.append(0, np.cumsum(flat.values.numpy() > 0))
@@ -252,6 +263,12 @@ def _schema(table: Source, options: GraphOptions, classes: tuple[str, ...]) -> S
     if options.schema is None:
         special = (options.id, options.label, options.split)
         names = [name for name, kind in table.types.items() if _is_list(kind) and name not in special]
+        for name in names:
+            if pa.types.is_floating(table.types[name].value_type):
+                raise DataError(
+                    f"column {name!r} of {table.name} holds lists of {table.types[name].value_type}, and features are "
+                    "categories; name the columns of features in a schema (--schema), or leave this one out"
+                )
         if not names:
             raise DataError(f"{table.name} has no column of lists, which would be the features; give a schema (--schema)")
         return Schema(fields=tuple(SequenceField(name=name) for name in names), labels=(options.label,), classes=classes)
@@ -261,6 +278,10 @@ def _schema(table: Source, options: GraphOptions, classes: tuple[str, ...]) -> S
             f"the schema has the column {schema.weight!r} of row weights, and nodes have none; remove it. Classes are balanced "
             "by class_weight"
         )
+    timed = [h.name for h in schema.histories if h.times is not None]
+    for role, named in (("group", schema.group), ("time", None if timed else schema.time)):
+        if named is not None:
+            raise DataError(f"the schema has the column {named!r} as {role}, which has no meaning for nodes; remove it")
     return replace(schema, labels=(options.label,), classes=classes)
 
 
@@ -271,6 +292,8 @@ def _is_list(kind: Any) -> bool:
 def _classes(table: Source, options: GraphOptions) -> tuple[Nodes, tuple[str, ...]]:
     """Numbers of classes, −1 where there is none, and their names in order of value."""
     values = _plain(table.column(options.label))
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
     if values.null_count == len(values):
         raise DataError(f"column {options.label!r} of {table.name}: no node has a label; expected some nodes with one")
     coded = values.dictionary_encode()
@@ -292,7 +315,9 @@ def _classes(table: Source, options: GraphOptions) -> tuple[Nodes, tuple[str, ..
 def _split(table: Source, labels: Nodes, options: GraphOptions) -> npt.NDArray[np.uint8]:
     split = np.full(len(labels), _NO_SPLIT, dtype=np.uint8)
     if options.split is not None:
-        says = _plain(table.column(options.split)).cast(pa.string())
+        says = _plain(table.column(options.split))
+        if not (pa.types.is_string(says.type) or pa.types.is_large_string(says.type)):
+            raise DataError(f"column {options.split!r} of {table.name} holds {says.type}; expected text: {', '.join(SPLITS)}")
         for code, name in enumerate(SPLITS):
             split[pc.fill_null(pc.equal(says, name), False).to_numpy(zero_copy_only=False)] = code
         split[labels < 0] = _NO_SPLIT

@@ -98,6 +98,11 @@ def test_hubs_and_rare_items() -> None:
 def test_bad_logs() -> None:
     with pytest.raises(DataError, match=r"'user', .*: the value is missing"):
         edges(pa.table({"user": ["a", None], "item": [1, 1], "part": ["train", "train"]}), split="part")
+    for missing in ([1.0, float("nan")], [1.0, None]):
+        with pytest.raises(DataError, match=r"'item', .*row 2: the value is missing"):
+            edges(pa.table({"user": ["a", "b"], "item": missing, "part": ["train", "train"]}), split="part")
+    with pytest.raises(DataError, match=r"'item' .* holds .*list.*; expected one value an interaction"):
+        edges(pa.table({"user": ["a"], "item": [[1]], "part": ["train"]}), split="part")
     with pytest.raises(DataError, match="no interaction that counts"):
         edges(time="time", before=0)
     with pytest.raises(DataError, match="'parts'"):

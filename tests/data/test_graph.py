@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ctrlib.batch import Edges
+from ctrlib.config import ConfigError
 from ctrlib.data.adjacency import Adjacency, entries
 from ctrlib.data.graph import GraphOptions, read_graph
 from ctrlib.data.subgraphs import take_nodes
@@ -226,6 +228,51 @@ def test_weights_of_rows_are_refused() -> None:
     schema = Schema(fields=(SequenceField(name="features"),), labels=("x",), weight="w")
     with pytest.raises(DataError, match="the column 'w' of row weights, and nodes have none"):
         read_graph(NODES.append_column("w", pa.array(np.ones(120))), EDGES, GraphOptions(label="team", schema=schema))
+
+
+def test_roles_that_nodes_have_not_are_refused() -> None:
+    for role in ("group", "time"):
+        schema = replace(Schema(fields=(SequenceField(name="features"),), labels=("x",)), **cast(Any, {role: "team"}))
+        with pytest.raises(DataError, match=f"the schema has the column 'team' as {role}, which has no meaning for nodes"):
+            read_graph(NODES, EDGES, GraphOptions(label="team", schema=schema))
+
+
+def test_a_node_of_which_every_field_is_missing_is_refused() -> None:
+    features = [[1], *NODES["features"].to_pylist()[1:]]
+    features[7], features[9] = [], []
+    nodes = NODES.set_column(1, "features", pa.array(features, pa.list_(pa.int64())))
+    nodes = nodes.append_column("city", pa.array([None if i in (7, 8) else "x" for i in range(120)]))
+    schema = Schema(fields=(SequenceField(name="features"), SparseField(name="city")), labels=("team",))
+    with pytest.raises(DataError, match=r"row 8: node n7 has no value in 'features', 'city' \(1 nodes have none\)"):
+        read_graph(nodes, EDGES, GraphOptions(label="team", schema=schema))
+
+
+def test_empty_text_is_no_label() -> None:
+    team = ["" if i % 3 == 0 else name for i, name in enumerate(NODES["team"].to_pylist())]
+    found = read_graph(NODES.set_column(2, "team", pa.array(team)), EDGES, TEAM)
+    assert "" not in found.classes
+    assert (found.labels < 0).tolist() == [i % 3 == 0 for i in range(120)]
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(DataError, match="both ends of an edge are column 'a'"):
+        GraphOptions(label="y", source="a", target="a")
+    with pytest.raises(DataError, match="the split is that of column 'part', so shares have no effect"):
+        GraphOptions(label="y", split="part", shares={"train": 0.6, "valid": 0.2, "test": 0.2})
+    with pytest.raises(DataError, match="expected numbers above 0 for train, valid, test that sum to 1"):
+        GraphOptions(label="y", shares={"train": 0.8, "valid": 0.1, "test": 0.1, "other": 0.1})
+    with pytest.raises(ConfigError, match="seed is -1; expected a whole number"):
+        GraphOptions(label="y", seed=-1)
+
+
+def test_lists_that_are_no_categories_nor_splits() -> None:
+    vectors = pa.array([[0.5, 1.0]] * 120)
+    with pytest.raises(DataError, match=r"column 'vector' .* holds lists of double, and features are categories"):
+        read_graph(NODES.append_column("vector", vectors), EDGES, TEAM)
+    with pytest.raises(DataError, match=r"column 'vector' .* holds .*list.*; expected text: train, valid, test"):
+        read_graph(NODES.append_column("vector", vectors), EDGES, replace(TEAM, split="vector"))
+    with pytest.raises(DataError, match=r"column 'id' .* holds double; expected one id a node"):
+        read_graph(NODES.set_column(0, "id", pa.array(np.arange(120.0))), EDGES, TEAM)
 
 
 def test_unknown_ids_that_are_larger_than_the_nodes_type() -> None:
