@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ctrlib.cpu import tune_cpu
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
 from ctrlib.experiment import DataOptions, prepare
+from ctrlib.files import write_json
 from ctrlib.schema import Schema
 from ctrlib.search.sampling import Method
 from ctrlib.search.tuning import SearchConfig, search
@@ -87,7 +89,7 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
                 for m in METHODS
             ]
             runs = {method: [call.result() for m, call in calls if m == method] for method in METHODS}
-        results[name] = compare(runs["hedged"], runs["random"])
+        results[name] = compare(runs["hedged"], runs["random"], setting.seconds[name])
     rows = [
         [
             name,
@@ -99,7 +101,7 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
         ]
         for name, r in results.items()
     ]
-    print_table(["data", "hedged, test log loss", "random", "won", "share of the time to random's median", "holds"], rows)
+    print_table(["data", "hedged, test log loss", "random", "won", "share of the budget to random's median", "holds"], rows)
     result: dict[str, Any] = {"seconds": dict(setting.seconds), "seeds": setting.seeds, "rows": setting.rows, "data": results}
     if "frappe" in names:
         result["published"] = against_published(folder / "frappe", setting)
@@ -112,26 +114,29 @@ def _one(folder: Path, seconds: float, method: Method, seed: int) -> dict[str, A
     out = folder / method / f"seed-{seed}"
     if not (out / "report.json").is_file():
         config = SearchConfig(method=method, budget=seconds, seed=seed)
+        began = time.process_time()
         search(Store.open(folder / "store"), out, config=config, resume=out.exists())
+        write_json(out / "cpu.json", {"seconds": time.process_time() - began})  # of the last call, if it was cut off before
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report
+    return report | {"cpu_seconds": json.loads((out / "cpu.json").read_text(encoding="utf-8"))["seconds"]}
 
 
-def compare(hedged: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Reports of both methods, seed by seed: final test log loss, and how soon the median of random's end is reached."""
+def compare(hedged: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """Reports of both methods, seed by seed: final test log loss, and in which part of the budget of so many ``seconds`` the
+    median of random's end is reached."""
     losses = {
         name: [float(r["test"]["log_loss"]["mean"]) for r in runs] for name, runs in (("hedged", hedged), ("random", chance))
     }
     wins = sum(a < b for a, b in zip(losses["hedged"], losses["random"], strict=True))
     goal = statistics.median(min(p["value"] for p in r["curve"]) for r in chance)
-    ends = [max(p["seconds"] for p in r["curve"]) for r in chance]
     reached = [next((p["seconds"] for p in r["curve"] if p["value"] <= goal), None) for r in hedged]
     known = sorted(float("inf") if t is None else t for t in reached)
-    share = known[len(known) // 2] / statistics.median(ends)
+    share = known[len(known) // 2] / seconds
     better = statistics.fmean(losses["hedged"]) <= statistics.fmean(losses["random"])
     return {
         **{name: {"mean": statistics.fmean(v), "by_seed": v} for name, v in losses.items()},
         "trials": {"hedged": [r["trials"] for r in hedged], "random": [r["trials"] for r in chance]},
+        "cpu_seconds": {"hedged": [r["cpu_seconds"] for r in hedged], "random": [r["cpu_seconds"] for r in chance]},
         "wins": wins,
         "time_share": share if share < float("inf") else None,
         "holds": better and wins >= _WINS * len(hedged) and share <= _TIME,

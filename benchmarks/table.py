@@ -213,8 +213,8 @@ def _search_real(data: dict[str, Any]) -> str:
     header = ["data", "seconds a search", "test log loss, hedged", "random", "won", "time to random's median", "gates hold"]
     text = (
         f"Searches that train, hedged and random side by side with {data['seeds']} seeds; the mean test log loss of what they "
-        "end with, and after what share of the time the hedged ones reach the median of random's end (on validation rows):\n\n"
-        + _table(header, rows)
+        "end with, and after what share of the budget the hedged ones reach the median of random's end (on validation "
+        "rows):\n\n" + _table(header, rows)
     )
     if "published" in data:
         found = data["published"]

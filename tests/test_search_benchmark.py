@@ -74,11 +74,11 @@ def test_the_gates_of_the_replay_hold() -> None:
 def test_comparison_of_real_searches_by_hand() -> None:
     def report(loss: float, *curve: tuple[float, float]) -> dict[str, Any]:
         points = [{"seconds": s, "value": v} for s, v in curve]
-        return {"test": {"log_loss": {"mean": loss}}, "curve": points, "trials": {}}
+        return {"test": {"log_loss": {"mean": loss}}, "curve": points, "trials": {}, "cpu_seconds": 90.0}
 
     chance = [report(0.5, (50, 0.6), (100, 0.5)) for _ in range(5)]
     good = [report(0.4, (20, 0.5), (100, 0.4)) for _ in range(4)] + [report(0.6, (100, 0.6))]
-    found = compare(good, chance)
-    assert (found["wins"], found["time_share"], found["holds"]) == (4, 0.2, True)
-    late = [report(0.4, (80, 0.5)) for _ in range(5)]
-    assert not compare(late, chance)["holds"]
+    found = compare(good, chance, 200)
+    assert (found["wins"], found["time_share"], found["holds"]) == (4, 0.1, True)
+    late = [report(0.4, (120, 0.5)) for _ in range(5)]
+    assert not compare(late, chance, 200)["holds"]

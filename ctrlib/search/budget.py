@@ -98,13 +98,14 @@ class Budget:
         return min(wanted, _LARGEST_FINISH * self.seconds)
 
     def affordable(self, used: float, whole: Sequence[float]) -> int:
-        """How many of ``finalists`` there is time for, at least one; ``whole``: seconds of each, best first."""
+        """How many of ``finalists`` there is time for, at least one; ``whole``: seconds of a seed of each, best first, 0 if
+        it is trained already."""
         if self.seconds is None:
             return min(self.finalists, len(whole))
         left, count = self.seconds - used, 0
         for seconds in whole[: self.finalists]:
             left -= self.seeds * seconds / self.workers
-            if left < 0 and count:
+            if left < 0 and count and seconds:
                 break
             count += 1
         return count

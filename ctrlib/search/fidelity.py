@@ -19,7 +19,8 @@ _SMALLEST = 10_000  # rows; fewer say little about any model
 _RUNGS = 3
 _PAIRS = 6  # trials on two rungs, from which on their orders are compared
 _AGREEMENT = 0.5
-_CHECKED = 3  # trials of which most must have been at their best after one epoch
+_CHECKED = 3  # good trials of which most must have been at their best after one epoch
+_NOISE = 1e-4  # at least, of a metric
 
 Scores = Mapping[int, float]
 """What one trial reached, larger is better, by rung."""
@@ -101,17 +102,20 @@ def best_after_one_epoch(curve: Sequence[tuple[float, float]], noise: float) -> 
 
     Args:
         curve: epoch (with fractions) and score, larger is better, in order.
-        noise: standard deviation of the score over seeds.
+        noise: standard deviation of the score over seeds, itself of a few; 1e-4 at least.
     """
     first = [score for epoch, score in curve if epoch <= 1]
     later = [score for epoch, score in curve if epoch > 1]
-    return bool(first and later) and max(first) - later[0] > 3 * noise
+    return bool(first and later) and max(first) - later[0] > 3 * max(noise, _NOISE)
 
 
-def one_epoch(found: Sequence[bool]) -> bool:
-    """Whether further trials should train for a single epoch: most of three trials or more were at their best after one.
+def one_epoch(found: Sequence[bool], scores: Sequence[float]) -> bool:
+    """Whether further trials should train for a single epoch: of the better half of all trials, most of three or more were at
+    their best after one. The others, such as those without any L2, say nothing of settings that are worth training.
 
     Args:
-        found: :func:`best_after_one_epoch` of every trial that trained longer.
+        found: :func:`best_after_one_epoch` of every trial that trained longer; ``scores``: of these, larger is better.
     """
-    return len(found) >= _CHECKED and 2 * sum(found) > len(found)
+    best = np.argsort(-np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-np.inf), kind="stable")[: (len(found) + 1) // 2]
+    good = [found[i] for i in best]
+    return len(good) >= _CHECKED and 2 * sum(good) > len(good)

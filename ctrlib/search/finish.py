@@ -119,13 +119,35 @@ def finish(
     return report
 
 
+def trained_again(target: Path, finalists: Sequence[Finalist], study: str, seeds: int) -> set[int]:
+    """The numbers of those of which an earlier call trained every seed."""
+    found = set()
+    for finalist in finalists:
+        folder = _held(target / "finish", finalist, study)
+        if folder is not None and len(list(folder.glob("seed-*/metrics.json"))) >= seeds:
+            found.add(finalist.number)
+    return found
+
+
+def _held(parent: Path, finalist: Finalist, study: str) -> Path | None:
+    """The folder that holds the runs of a finalist, if there is one."""
+    for path in parent.glob(f"trial-{finalist.number}*/settings.json"):
+        if json.loads(path.read_text(encoding="utf-8")) == _settings(finalist, study):
+            return path.parent
+    return None
+
+
+def _settings(finalist: Finalist, study: str) -> dict[str, Any]:
+    text = json_text({"study": study, "params": dict(finalist.params), "single_epoch": finalist.single_epoch})
+    return dict(json.loads(text))
+
+
 def _folder(parent: Path, finalist: Finalist, study: str) -> Path:
     """Where the runs of a finalist are: a folder by the trial's number, which says what it holds.
 
     The trial of that number of another storage had other settings; its runs stay where they are.
     """
-    holds = json.loads(json_text({"study": study, "params": dict(finalist.params), "single_epoch": finalist.single_epoch}))
-    again = 0
+    holds, again = _settings(finalist, study), 0
     while True:
         folder = parent / (f"trial-{finalist.number}" + (f"-{again}" if again else ""))
         path = folder / "settings.json"
@@ -219,8 +241,11 @@ def _entry(finalist: Finalist, tasks: Sequence[_Task], metric: Metric) -> dict[s
         return None
     first = next(task for task in tasks if task.seed in runs)
     candidate = finalist.candidate(first.space)
-    # measured anew: while trials ran side by side, they were in each other's way
-    measured = latency_ms(artifact.load(first.out).model, first.stores.of(candidate))
+    # measured anew, once: while trials ran side by side, they were in each other's way
+    path = first.out.parent / "latency.json"
+    if not path.is_file():
+        write_json(path, {"ms": latency_ms(artifact.load(first.out).model, first.stores.of(candidate))})
+    measured = float(json.loads(path.read_text(encoding="utf-8"))["ms"])
     return {
         "trial": finalist.number,
         "name": finalist.name,

@@ -56,6 +56,12 @@ class Axis:
             return math.log(max(number, self.low) / self.low) / math.log(self.high / self.low)
         return (number - self.low) / (self.high - self.low)
 
+    def value(self, place: float) -> float:
+        """The number at a place in [0, 1]."""
+        if self.log:
+            return min(max(self.low * math.exp(place * math.log(self.high / self.low)), self.low), self.high)
+        return self.low + place * (self.high - self.low)
+
 
 def merged(axes: Sequence[Mapping[str, Axis]]) -> dict[str, Axis]:
     """One axis for each name, where a parameter's range depends on another one: the range or the choices of all together.
@@ -107,8 +113,9 @@ class Hedge:
     the one with the largest expected improvement under a Gaussian process whose mean is the prior, scaled by min(1, decay/n)
     after n trials. So a prior that is right pays from the first trial on, and one that is wrong is outvoted.
 
-    The process has the kernel exp(−Σ_p d_p(a, b)) over the axes p, observation noise ``noise``, and scores standardised.
-    Its length scales are not fitted: over the BARS log that made it worse, of ten trials or fewer.
+    The process has the kernel exp(−Σ_p d_p(a, b)) over the axes p, observation noise ``noise``, and scores standardised. A
+    score that is further below the median than twice the best is above it counts as just so bad: one run gone wrong would else
+    make all others alike. Length scales are not fitted: over the BARS log that made it worse, of ten trials or fewer.
 
     Args:
         random: trials at random after the first.
@@ -145,6 +152,7 @@ class Hedge:
         seen_prior_S: Floats,
         score_S: Floats,
         rng: np.random.Generator,
+        number: int | None = None,
     ) -> int:
         """The candidate to try next.
 
@@ -155,14 +163,17 @@ class Hedge:
             seen_prior_S, score_S: [S] what the prior expected of them, and their scores. A score of NaN is not known yet: the
                 median stands in for it, so that workers side by side do not all try the same.
             rng: breaks ties.
+            number: of this trial, where not all that came before are known yet; ``None``: S.
         """
-        if self.turn(len(seen)) == "random":
+        turn = self.turn(len(seen) if number is None else number)
+        if turn == "random":
             return int(rng.integers(len(candidates)))
         tie_C = rng.random(len(candidates)) * 1e-9
         known_S = ~np.isnan(score_S)
-        if self.turn(len(seen)) == "prior" or not known_S.any():
+        if turn == "prior" or not known_S.any():
             return int(np.argmax(prior_C + tie_C))
-        score_S = np.where(known_S, score_S, np.median(score_S[known_S]))
+        middle = float(np.median(score_S[known_S]))
+        score_S = np.maximum(np.where(known_S, score_S, middle), middle - 2 * (np.nanmax(score_S) - middle))
         z_S = (score_S - score_S.mean()) / (score_S.std() + 1e-12)
         believed = min(1.0, self.decay / len(seen))
         rest_S = z_S - believed * seen_prior_S

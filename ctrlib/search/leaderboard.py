@@ -120,7 +120,7 @@ def _shown(value: Mapping[str, float]) -> str:
 
 
 def _curve(report: Mapping[str, Any]) -> bytes | None:
-    """Best metric of a trial on all rows so far, over the seconds since the first trial began."""
+    """Best metric of a trial on all rows so far, over the seconds since the search began."""
     points = report["curve"]
     try:
         figure = figure_class()(figsize=(7, 4))
@@ -134,7 +134,7 @@ def _curve(report: Mapping[str, Any]) -> bytes | None:
     seconds = [point["seconds"] for point in points]
     axes.scatter(seconds, [point["value"] for point in points], s=14, color="C7", label="trials on all rows")
     axes.step(seconds, best, where="post", color="C3", label="best so far")
-    axes.set(xlabel="seconds since the first trial", ylabel=f"validation {report['metric'].replace('_', ' ')}")
+    axes.set(xlabel="seconds of the budget", ylabel=f"validation {report['metric'].replace('_', ' ')}")
     axes.legend()
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()

@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ctrlib.config import ConfigError
 from ctrlib.files import json_text
 from ctrlib.search.fidelity import active_rungs, one_epoch
-from ctrlib.search.finish import Finalist
+from ctrlib.search.finish import Finalist, trained_again
 from ctrlib.search.sampling import failure, others_of, trial_scores
 from ctrlib.search.trials import Metric, sign
-from ctrlib.search.worker import Work
+from ctrlib.search.worker import Work, after_one_epoch
 
 _log = logging.getLogger("ctrlib")
 
@@ -43,7 +43,9 @@ def finalists(study: Study, work: Work) -> tuple[list[Finalist], list[Finalist]]
         best.setdefault(json_text(trial.params), trial)
     ranked = [_finalist(t, work, main=True) for t in best.values()]
     used = time.time() - work.began
-    chosen = ranked[: work.budget.affordable(used, [_seconds(t) for t in best.values()])]
+    done = trained_again(work.journal.parent, ranked, work.study, work.config.finish_seeds)
+    costs = [0.0 if t.number in done else _seconds(t) for t in best.values()]
+    chosen = ranked[: work.budget.affordable(used, costs)]
     front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
     extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
     seconds = {t.number: _seconds(t) for t in best.values()}
@@ -80,11 +82,10 @@ def facts(study: Study, work: Work, left_out: Sequence[Finalist]) -> dict[str, A
     scores = trial_scores(others_of(study), sign(work.config.metric))
     active = active_rungs(len(work.rungs), scores)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    begin = min((t.datetime_start for t in trials if t.datetime_start is not None), default=None)
     curve = [
-        {"seconds": (t.datetime_complete - begin).total_seconds(), "trial": t.number, "value": t.value}
+        {"seconds": t.user_attrs["at"], "trial": t.number, "value": t.value}
         for t in sorted(complete, key=lambda t: t.number)
-        if t.datetime_complete is not None and begin is not None
+        if "at" in t.user_attrs
     ]
     return {
         "metric": work.config.metric,
@@ -93,7 +94,7 @@ def facts(study: Study, work: Work, left_out: Sequence[Finalist]) -> dict[str, A
         "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
         "rungs": [{"share": share, "used": i in active} for i, share in enumerate(work.rungs)],
         "noise": study.user_attrs.get("noise"),
-        "one_epoch": one_epoch([t.user_attrs["one_epoch"] for t in others_of(study) if "one_epoch" in t.user_attrs]),
+        "one_epoch": one_epoch(*after_one_epoch(others_of(study), work)),
         "importance": _importance(study, complete),
         "curve": sorted(curve, key=lambda point: float(point["seconds"] or 0)),
         "failures": [

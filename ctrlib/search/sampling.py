@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +28,14 @@ from ctrlib.config import ConfigError
 from ctrlib.files import process_alive
 from ctrlib.search.fidelity import Scores, lifted
 from ctrlib.search.hedge import Axis, Hedge, Params, locate, merged, standardised, transfer
-from ctrlib.search.space import Draw, Space
+from ctrlib.search.space import UNSCALED, Draw, Space
 
 Method = Literal["hedged", "tpe", "random"]
 _STARTUP = 8  # random trials before TPE
 _FRESH, _NEAR, _BEST = 100, 50, 5  # candidates drawn anew, and near so many of the best
 _KEEP = 0.7  # of the parameters, near the best
+_JITTER = 0.1  # of the range of a number, nearer still
+_FEW_AXES = 4  # up to which each has its own weight
 _HEARTBEAT = 60  # seconds
 GRACE = 180
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
@@ -56,6 +59,36 @@ def tpe_sampler(seed: int) -> optuna.samplers.TPESampler:
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True
         )
+
+
+class SeededTPE(optuna.samplers.BaseSampler):
+    """:func:`tpe_sampler` with a seed for every trial, of its number: the same after a restart, and no two workers have one."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._inner = tpe_sampler(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Begin anew."""
+        self._inner = tpe_sampler(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """That of TPE."""
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """That of TPE."""
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """That of TPE."""
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """That of TPE."""
+        self._inner.after_trial(study, trial, state, values)
 
 
 class HedgedSampler(optuna.samplers.BaseSampler):
@@ -93,8 +126,11 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         asked_again = trial.system_attrs.get("fixed_params", {})
         if asked_again:  # of a trial that was cut off, maybe before it had all of its settings: the rest must go with them
             return self._drawn(rng, asked_again, keep=1.0).params
-        seen = [t for t in others_of(study, trial.number) if t.params]
-        if self._hedge is None or self._hedge.turn(len(seen)) == "random":
+        others = others_of(study, trial.number)
+        # the trials before this one, also those of other workers that have no settings yet
+        number = sum(t.number < trial.number for t in others)
+        seen = [t for t in others if t.params]
+        if self._hedge is None or self._hedge.turn(number) == "random":
             return self._drawn(rng).params
         scores = trial_scores(seen, self._sign)
         values = np.array(lifted(scores, self._rungs))
@@ -107,19 +143,20 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         best = [seen[i] for i in np.argsort(-np.nan_to_num(values, nan=-np.inf))[:_BEST]]
         draws = [self._drawn(rng) for _ in range(_FRESH)]
         draws += [self._drawn(rng, best[i % len(best)].params) for i in range(_NEAR) if best]
+        draws += [self._drawn(rng, best[i % len(best)].params, jitter=_JITTER) for i in range(_NEAR) if best]
         draws += [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
-        axes = merged([draw.axes for draw in draws])
+        axes = _even(merged([draw.axes for draw in draws]))
         candidates, tried = (locate(axes, [_known(p, axes) for p in of]) for of in (_params(draws), _params(seen)))
         past = []
         if self._portfolio:
             places = locate(axes, [_known(d.params, axes) for d in self._portfolio])
             # all of it is better than chance, the first most
             past.append((places, 1 + 0.1 * standardised(-np.arange(len(self._portfolio), dtype=np.float64))))
-        at = self._hedge.choose(candidates, transfer(past, candidates), tried, transfer(past, tried), values, rng)
+        at = self._hedge.choose(candidates, transfer(past, candidates), tried, transfer(past, tried), values, rng, number)
         return draws[at].params
 
-    def _drawn(self, rng: np.random.Generator, near: Params | None = None, keep: float = _KEEP) -> Draw:
-        draw = Draw(rng, near, keep)
+    def _drawn(self, rng: np.random.Generator, near: Params | None = None, keep: float = _KEEP, jitter: float = 0.0) -> Draw:
+        draw = Draw(rng, near, keep, jitter=jitter)
         try:
             self._space(draw)
         except Exception:  # settings that cannot be: the trial that gets them says why
@@ -152,6 +189,12 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         return self._chosen[param_name]
 
 
+def _even(axes: Mapping[str, Axis]) -> dict[str, Axis]:
+    """Of many parameters each counts for less: settings that agree in most of them would else have nothing in common."""
+    scale = min(1.0, _FEW_AXES / max(len(axes), 1))
+    return {n: a if n in UNSCALED else replace(a, weight=a.weight * scale) for n, a in axes.items()}
+
+
 def _params(of: Sequence[Draw] | Sequence[FrozenTrial]) -> list[Params]:
     return [each.params for each in of]
 
@@ -166,11 +209,11 @@ def _known(params: Params, axes: Mapping[str, Axis]) -> dict[str, object]:
 
 
 def sampler_for(
-    method: Method, space: Space, *, seed: int, number: int, sign: float, rungs: int, portfolio: Sequence[Draw] = ()
+    method: Method, space: Space, *, seed: int, sign: float, rungs: int, portfolio: Sequence[Draw] = ()
 ) -> optuna.samplers.BaseSampler:
-    """The sampler of a method, for the trial after ``number`` others."""
+    """The sampler of a method."""
     if method == "tpe":
-        return tpe_sampler(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+        return SeededTPE(seed)
     hedge = Hedge() if method == "hedged" else None
     return HedgedSampler(space, seed=seed, sign=sign, rungs=rungs, portfolio=portfolio, hedge=hedge)
 

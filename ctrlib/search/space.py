@@ -1,7 +1,7 @@
 """Spaces of models and how to train them: a plain function ``space(trial) -> Candidate``, and the one that is used by default.
 
-A space only calls ``trial.suggest_float``, ``suggest_int`` and ``suggest_categorical``, which Optuna's trials have and
-:class:`Draw` too, so nothing here needs Optuna.
+A space only calls ``trial.suggest_float``, ``suggest_int`` and ``suggest_categorical`` (and may ``set_user_attr``), which
+Optuna's trials have and :class:`Draw` too, so nothing here needs Optuna.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ BLOCKS: Mapping[str, Interaction.Config] = {
     "squeeze": SENet.Config(),
 }
 _LARGEST_DENSE_TABLE = 100_000  # rows up to which updating all of them in every step is worth trying
-_STEPS_AN_EPOCH = 16  # at least; fewer make no training
+_MIN_COUNTS = (1, 2, 5, 10)
+_NUMERIC = ("standardize", "log", "piecewise", "bucket")
+ENCODINGS = len(_MIN_COUNTS) * len(_NUMERIC)
+"""Ways to encode raw rows that :class:`AutoSpace` has."""
+STEPS_AN_EPOCH = 16
+"""At least; fewer make no training."""
 
 
 class Trial(Protocol):
@@ -60,6 +65,8 @@ class Trial(Protocol):
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
 
     def suggest_categorical(self, name: str, choices: Sequence[T]) -> T: ...
+
+    def set_user_attr(self, key: str, value: object) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,18 +115,28 @@ class Draw:
         axes: of the parameters asked for, see :class:`~ctrlib.search.hedge.Axis`.
     """
 
-    def __init__(self, rng: np.random.Generator, fixed: Params | None = None, keep: float = 1.0, clip: bool = False) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        fixed: Params | None = None,
+        keep: float = 1.0,
+        clip: bool = False,
+        jitter: float = 0.0,
+    ) -> None:
         """``keep``: chance that a fixed value is kept, one by one; ``clip``: of a fixed number beyond its range, the nearest in
-        it is."""
+        it is; ``jitter``: standard deviation, in the range, by which a fixed number that is no whole one is moved."""
         self.params: dict[str, object] = {}
         self.axes: dict[str, Axis] = {}
-        self._rng, self._fixed, self._keep, self._clip = rng, fixed or {}, keep, clip
+        self._rng, self._fixed, self._keep, self._clip, self._jitter = rng, fixed or {}, keep, clip, jitter
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
         """A number in [low, high]."""
         kept = self._number(name, low, high, lambda value: True)
         if kept is not None:
             value = float(kept)
+            if self._jitter and step is None and low < high:
+                axis = Axis(low=low, high=high, log=log)
+                value = axis.value(min(max(axis.place(value) + self._jitter * self._rng.normal(), 0.0), 1.0))
         elif step is not None:
             value = round(low + step * int(self._rng.integers(int((high - low) / step + 1e-9) + 1)), 12)
         elif log:
@@ -148,6 +165,9 @@ class Draw:
         chosen = options[int(self._rng.integers(len(options)))] if value is None else value
         self.params[name], self.axes[name] = chosen, Axis(choices=options, weight=WEIGHTS.get(name, 1.0))
         return cast(T, chosen)
+
+    def set_user_attr(self, key: str, value: object) -> None:
+        """Nothing: only a trial of a study keeps notes."""
 
     def _kept(self, name: str, allowed: Callable[[Any], bool]) -> Any:
         value = self._fixed.get(name)
@@ -185,10 +205,15 @@ class Fixed:
         """What was given."""
         return self._params[name]
 
+    def set_user_attr(self, key: str, value: object) -> None:
+        """Nothing, as of a :class:`Draw`."""
+
 
 WEIGHTS: Mapping[str, float] = {"ridge": 5.0, "learning_rate": 2.0}
-"""How far apart the two ends of a parameter are for the model of the trials, where that is not 1. The L2 of the embeddings
+"""How far apart the two ends of a parameter are for the model of the trials, beside 1 for others. The L2 of the embeddings
 explains most of the variance in public tuning logs, and has the widest range."""
+UNSCALED = ("ridge",)
+"""Whose weight is the same however many parameters there are, see :meth:`.HedgedSampler`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +250,7 @@ class AutoSpace:
     def __call__(self, trial: Trial) -> Candidate:
         """One point."""
         name = trial.suggest_categorical("model", self.models)
-        largest = max(5, min(12, int(math.log2(max(self.rows / _STEPS_AN_EPOCH, 1)))))
+        largest = max(5, min(12, int(math.log2(max(self.rows / STEPS_AN_EPOCH, 1)))))
         batch_size = 2 ** trial.suggest_int("log2_batch", min(8, largest - 1), largest)
         rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
         tables = ("adagrad", "lazy_adam", "dense") if self.table_rows <= _LARGEST_DENSE_TABLE else ("adagrad", "lazy_adam")
@@ -252,10 +277,8 @@ class AutoSpace:
         return Candidate(
             run=run,
             name=name,
-            min_count=trial.suggest_categorical("min_count", (1, 2, 5, 10)),
-            numeric=cast(NumericEncoding, trial.suggest_categorical("numeric", ("standardize", "log", "piecewise", "bucket")))
-            if self.numbers
-            else None,
+            min_count=trial.suggest_categorical("min_count", _MIN_COUNTS),
+            numeric=cast(NumericEncoding, trial.suggest_categorical("numeric", _NUMERIC)) if self.numbers else None,
         )
 
     def _model(self, trial: Trial, name: str) -> ModelComponent.Config:

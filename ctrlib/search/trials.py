@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,13 +22,14 @@ from ctrlib.experiment import DataOptions, RunConfig, check_cross_memory, prepar
 from ctrlib.models.ctr import ModelComponent, build_model
 from ctrlib.schema import DataError, DenseField, Schema, SequenceField, SparseField
 from ctrlib.search.fidelity import fraction_rows
-from ctrlib.search.space import Candidate
+from ctrlib.search.space import STEPS_AN_EPOCH, Candidate
 from ctrlib.training import Batches, fit, predict, seed_everything
 
 Metric = Literal["log_loss", "auc"]
 LATENCY_ROWS = 100  # candidates of one request
 _LATENCY_CALLS = 15
 _PROBE_STEPS = 5
+_SMALLEST_BATCH = 32
 _POLL_SECONDS = 0.5
 
 
@@ -136,6 +138,8 @@ def train_on(
     # the choice of rows is the same in all trials: what differs between them is to be the settings
     chosen = fraction_rows(total, fraction, recent=recent, seed=0)
     run = run.for_rows(total if chosen is None else len(chosen))
+    if chosen is not None:
+        run = _with_enough_steps(run, len(chosen))
     assert run.batch_size is not None
     model = _model(store, run, seed)
     rows = Loader(store.split("train"), run.batch_size, shuffle=True, seed=seed, rows=chosen, workers=run.workers)
@@ -152,6 +156,17 @@ def train_on(
         best_epoch=result.best_epoch,
         seconds=time.perf_counter() - started,
     )
+
+
+def _with_enough_steps(run: RunConfig, rows: int) -> RunConfig:
+    """Of a fraction of the rows a large batch would leave a few steps, which say nothing of the settings: a smaller batch, and
+    with it a smaller learning rate, as in :class:`~ctrlib.search.space.AutoSpace`."""
+    assert run.batch_size is not None
+    largest = max(rows // STEPS_AN_EPOCH, _SMALLEST_BATCH)
+    if run.batch_size <= largest:
+        return run
+    optimizer = replace(run.fit.optimizer, learning_rate=run.fit.optimizer.learning_rate * math.sqrt(largest / run.batch_size))
+    return replace(run, batch_size=largest, fit=replace(run.fit, optimizer=optimizer))
 
 
 class _Until:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ctrlib.search.finish import finish
 from ctrlib.search.outcome import facts, finalists
 from ctrlib.search.sampling import opened_storage, take_up_lost
 from ctrlib.search.select import described
-from ctrlib.search.space import MODELS, AutoSpace, Draw, Fixed, Portfolio, Space, candidate_of
+from ctrlib.search.space import ENCODINGS, MODELS, AutoSpace, Draw, Fixed, Portfolio, Space, candidate_of
 from ctrlib.search.trials import OutOfTimeError, Stores, estimate, latency_ms, settled, train_on, trial_seed, untrained
 from ctrlib.search.worker import SearchConfig, Work, quiet, run_workers, wait_for_others
 
@@ -39,6 +40,8 @@ __all__ = ["MODELS", "SearchConfig", "Space", "search", "seconds_of", "tune"]
 _log = logging.getLogger("ctrlib")
 _NOISE_SEEDS = 3
 _CLOCK = "elapsed-"
+_ENCODING = "encoding.json"
+_LARGEST_ENCODING = 0.2  # of the budget: what encoding the rows in other ways may take
 _PROBES = 3  # points of a user's space, of which one may be slow by chance
 
 
@@ -81,6 +84,8 @@ def search(
     """
     options, target = options or DataOptions(), Path(out)
     positive("workers", workers)
+    if space is not None:
+        _check_space(space, config.seed, workers)
     budget = config.spending(workers)
     torch_device(config.device)
     asked = {name: value for name, value in to_json(config).items() if name not in ("budget", "trials")}
@@ -100,7 +105,7 @@ def search(
             shutil.rmtree(target)
         raise
     study_name = "ctrlib-" + hashlib.sha256(json_text({**asked, "data": content}).encode()).hexdigest()[:16]
-    searched = space or _auto(config, store, _raw(data, options) is not None)
+    searched = space or _auto(config, store, _raw(data, options) is not None and _has_time_to_encode(target, config))
     work = Work(
         config=config,
         budget=budget,
@@ -131,7 +136,7 @@ def search(
             study.set_user_attr("noise", _noise(work, store))
         work.tick(study)
         run_workers(work, workers)
-        if wait_for_others(study):  # one of them died, and left a trial
+        if wait_for_others(study, work):  # one of them died, and left a trial
             run_workers(work, workers)
         chosen, left_out = finalists(study, work)
         report = finish(
@@ -151,6 +156,29 @@ def search(
 
 tune = search
 """The name at the top of the package, where ``ctrlib.search`` is the package of searches."""
+
+
+def _check_space(space: Space, seed: int, workers: int) -> None:
+    """Raise :class:`~ctrlib.config.ConfigError` where no worker could ask the space anything. A point that is no valid model is
+    another matter: its trial fails and says why."""
+    if workers > 1:
+        try:
+            ForkingPickler.dumps(space)  # as it goes to them
+        except Exception as error:
+            raise ConfigError(
+                f"the space {_name(space)} cannot be sent to {workers} workers ({error!s:.200}); expected a function of an "
+                "imported module, or one worker"
+            ) from error
+    try:
+        space(Draw(np.random.default_rng([seed, 0])))
+    except AttributeError as error:
+        if isinstance(getattr(error, "obj", None), Draw):
+            raise ConfigError(
+                f"the space {_name(space)} asks its trial for {error.name!r}; expected suggest_float, suggest_int, "
+                "suggest_categorical and set_user_attr only"
+            ) from error
+    except Exception:
+        return
 
 
 def _name(space: Space) -> str:
@@ -185,7 +213,12 @@ def _store(data: object, target: Path, options: DataOptions) -> Store:
     prepared = target / "store"
     if not Store.is_store(prepared):
         discard_unfinished(prepared)
-    store = Store.open(prepared) if Store.is_store(prepared) else open_store(data, prepared, options)
+    if Store.is_store(prepared):
+        store = Store.open(prepared)
+    else:
+        started = time.perf_counter()
+        store = open_store(data, prepared, options)
+        write_json(target / _ENCODING, {"seconds": time.perf_counter() - started})
     missing = [split for split in ("train", "valid", "test") if split not in store.rows]
     if missing:
         raise DataError(f"a search needs training, validation and test rows; store {store.path} has no {', '.join(missing)}")
@@ -198,6 +231,19 @@ def _raw(data: object, options: DataOptions) -> tuple[str, DataOptions] | None:
     if not all(isinstance(r, str | Path) and not Store.is_store(r) for r in rows):
         return None
     return str(data), options
+
+
+def _has_time_to_encode(target: Path, config: SearchConfig) -> bool:
+    """Whether encoding the rows in every way that the default space has would take a small part of the budget, by the time that
+    the first encoding took."""
+    path = target / _ENCODING
+    if config.budget is None or not path.is_file():
+        return True
+    seconds = float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    fits = ENCODINGS * seconds <= _LARGEST_ENCODING * config.budget
+    if not fits:
+        _log.info("encoding the rows takes %.3g s, too long to try %d ways of it within the budget", seconds, ENCODINGS)
+    return fits
 
 
 def _auto(config: SearchConfig, store: Store, encodes: bool) -> AutoSpace:

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ctrlib.config import ConfigError, check_choice, positive
 from ctrlib.search.budget import Budget
-from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, one_epoch, promotes
+from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, lifted, one_epoch, promotes
 from ctrlib.search.sampling import (
     GRACE,
     TOO_SLOW,
@@ -51,6 +51,7 @@ from ctrlib.search.trials import (
 _log = logging.getLogger("ctrlib")
 _POLL_SECONDS = 1.0
 _RESTARTS = 3  # of a worker that died
+_UNRESTRICTED = 4  # of so many trials, one trains for as long as its settings say, lest one epoch is thought enough for ever
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,22 +180,26 @@ def run_workers(work: Work, workers: int) -> None:
         raise
 
 
-def wait_for_others(study: Study) -> bool:
+def wait_for_others(study: Study, work: Work) -> bool:
     """Wait until no trial of another process or machine is at work, so that all of them compare the same trials in the end;
     whether one is left to be taken up.
 
-    Not for ever: for three times as long as the longest trial so far, and the time after which a silent worker counts as dead.
+    Not for ever: for three times as long as the longest trial so far, and the time after which a silent worker counts as dead;
+    nor beyond the time that is kept for comparing the best.
     """
     trials = study.get_trials(deepcopy=False)
     longest = max((float(t.user_attrs.get("seconds", 0.0)) for t in trials), default=0.0)
-    deadline = time.monotonic() + GRACE + 3 * longest
-    while time.monotonic() < deadline:
+    patience = GRACE + 3 * longest
+    if work.budget.seconds is not None:
+        patience = min(patience, work.budget.left(time.time() - work.began, _whole(trials)))
+    deadline = time.monotonic() + patience
+    while True:
         with warnings.catch_warnings():  # heartbeats are experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(study)
         take_up_lost(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if not any("worker" in t.user_attrs for t in running):
+        if not any("worker" in t.user_attrs for t in running) or time.monotonic() > deadline:
             break
         time.sleep(_POLL_SECONDS)
     return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -228,7 +233,6 @@ def _run_trials(study: Study, work: Work, parent: int | None) -> None:
             work.config.method,
             work.space,
             seed=work.config.seed,
-            number=len(trials),
             sign=direction,
             rungs=len(work.rungs),
             portfolio=draws,
@@ -276,6 +280,7 @@ def _objective(trial: optuna.Trial, work: Work) -> float:
         raise
     finally:
         trial.set_user_attr("seconds", time.monotonic() - started)
+        trial.set_user_attr("at", time.time() - work.began)
 
 
 def _deadline(work: Work, whole: Sequence[float]) -> tuple[float | None, bool]:
@@ -289,13 +294,20 @@ def _deadline(work: Work, whole: Sequence[float]) -> tuple[float | None, bool]:
     return time.monotonic() + min(longest, left), longest <= left
 
 
+def after_one_epoch(trials: Sequence[FrozenTrial], work: Work) -> tuple[list[bool], list[float]]:
+    """Of the trials that trained longer: whether they were at their best after one epoch, and their scores."""
+    longer = [t for t in trials if "one_epoch" in t.user_attrs]
+    scores = lifted(trial_scores(longer, sign(work.config.metric)), len(work.rungs))
+    return [bool(t.user_attrs["one_epoch"]) for t in longer], scores
+
+
 def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
     """Train on one rung after the other."""
     config, study = work.config, trial.study
     others = others_of(study, trial.number)
     known = trial.user_attrs.get("single_epoch")  # of a trial that goes on as it began
     if known is None:
-        known = one_epoch([t.user_attrs["one_epoch"] for t in others if "one_epoch" in t.user_attrs])
+        known = trial.number % _UNRESTRICTED != 0 and one_epoch(*after_one_epoch(others, work))
     trial.set_user_attr("single_epoch", known)
     run = settled(candidate.run, config.metric, known)
     store = work.stores.of(candidate)

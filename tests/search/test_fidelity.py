@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -91,7 +93,9 @@ def test_one_epoch_detector_on_published_curves() -> None:
     assert best_after_one_epoch([(0.25, 0.70), (0.5, 0.79), (1.0, 0.785), (1.25, 0.78)], 0.001)
 
 
-def test_one_epoch_needs_most_of_three_trials() -> None:
-    assert not one_epoch([True, True])
-    assert one_epoch([True, True, False])
-    assert not one_epoch([True, False, False])
+def test_one_epoch_needs_most_of_three_good_trials() -> None:
+    assert not one_epoch([True, True, True, True], [4, 3, 2, 1])  # of which two are the better half
+    assert one_epoch([True, True, False, False, False], [5, 4, 3, 2, 1])
+    assert not one_epoch([False, False, True, True, True], [5, 4, 3, 2, 1])
+    assert not one_epoch([False, False, True, True, True], [3, 2, 1, math.nan, math.nan])
+    assert one_epoch([False, False, True, True, True], [1, 2, 3, 4, 5])

@@ -58,6 +58,20 @@ def test_model_finds_the_top_of_a_hill_and_beats_chance() -> None:
     assert np.mean(found) > np.quantile(chance, 0.7)
 
 
+def test_a_run_gone_wrong_does_not_hide_the_differences_of_the_others() -> None:
+    """Of the scores of eight trials one is worse by any amount: the choices are the same."""
+    places, x = _line()
+    tried = np.array([3, 20, 30, 45, 60, 75, 90, 99])
+    score = -np.square(x[tried] - 0.37)
+    chosen = set()
+    for bad in (-5.0, -5e3, -5e9):
+        seen = np.append(score, bad)
+        at = np.append(tried, 0)
+        rng = np.random.default_rng(0)
+        chosen.add(Hedge().choose(places, np.zeros(101), places[at], np.zeros(9), seen, rng))
+    assert len(chosen) == 1
+
+
 def test_a_wrong_prior_is_outvoted() -> None:
     places, x = _line()
     score, wrong = -np.abs(x - 0.9), 1 - 2 * x  # the prior likes the wrong end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -15,7 +16,7 @@ optuna = pytest.importorskip("optuna")
 from optuna.trial import TrialState  # noqa: E402
 
 from ctrlib.search import sampling  # noqa: E402
-from ctrlib.search.hedge import Hedge  # noqa: E402
+from ctrlib.search.hedge import Axis, Hedge  # noqa: E402
 from ctrlib.search.sampling import (  # noqa: E402
     HedgedSampler,
     RepeatedTrialError,
@@ -24,6 +25,7 @@ from ctrlib.search.sampling import (  # noqa: E402
     open_storage,
     origin,
     others_of,
+    sampler_for,
     take_up_lost,
 )
 from tests.search import spaces  # noqa: E402
@@ -159,6 +161,29 @@ def test_what_a_trial_had_no_time_to_ask_goes_with_what_it_had(hedge: Hedge | No
         spaces.conditional(trial)
         assert set(trial.params) == {"kind", f"units_{kind}"}
         assert trial.params["kind"] == kind
+
+
+@pytest.mark.parametrize("method", ["hedged", "tpe", "random"])
+def test_workers_that_begin_at_once_do_not_try_the_same(method: Any) -> None:
+    """Each has a sampler of its own, and none of the others has settings yet."""
+    study = optuna.create_study()
+    workers = [sampler_for(method, spaces.small, seed=0, sign=-1.0, rungs=1) for _ in range(3)]
+    begun = []
+    for worker in workers:
+        study.sampler = worker
+        begun.append(study.ask())
+    for worker, trial in zip(workers, begun, strict=True):
+        study.sampler = worker
+        spaces.small(trial)
+    assert len({json.dumps(trial.params) for trial in begun}) == 3
+
+
+def test_the_more_parameters_the_less_each_counts() -> None:
+    few = {name: Axis() for name in "abcd"}
+    assert sampling._even(few) == few
+    many = sampling._even({name: Axis(weight=2.0) for name in "abcdefgh"} | {"ridge": Axis(weight=5.0)})
+    assert many["a"].weight == pytest.approx(2 * 4 / 9)
+    assert many["ridge"].weight == 5
 
 
 def test_settings_that_were_too_slow_are_as_bad_as_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from ctrlib.config import ConfigError, from_json, to_json
 from ctrlib.experiment import RunConfig
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import COMPONENTS, preset
+from ctrlib.search.hedge import Axis
 from ctrlib.search.space import COMPOSED, MODELS, AutoSpace, Candidate, Draw, Portfolio, candidate_of
 from tests.models.small import LAYOUT
 
@@ -80,6 +81,27 @@ def test_drawing_again_keeps_some_of_what_was_good() -> None:
     space(again)
     same = [again.params.get(name) == value for name, value in first.params.items()]
     assert 0.3 < np.mean(same) < 1
+
+
+def test_a_jitter_moves_numbers_a_little_and_nothing_else() -> None:
+    space = AutoSpace()
+    first, _ = _draw(space, 1)
+    moved = [Draw(np.random.default_rng(seed), first.params, jitter=0.1) for seed in range(300)]
+    for draw in moved:
+        space(draw)
+        assert {n: v for n, v in draw.params.items() if n not in ("ridge", "learning_rate")} == {
+            n: v for n, v in first.params.items() if n not in ("ridge", "learning_rate")
+        }
+    axis = Axis(low=1e-1, high=1e6, log=True)
+    apart = [axis.place(draw.params["ridge"]) - axis.place(first.params["ridge"]) for draw in moved]
+    assert 0.05 < np.std(apart) < 0.12  # the ends of the range are walls
+    assert all(1e-1 <= float(str(draw.params["ridge"])) <= 1e6 for draw in moved)
+
+
+def test_places_and_values_of_an_axis_are_each_others_inverse() -> None:
+    for axis in (Axis(low=-2, high=5), Axis(low=1e-4, high=10, log=True)):
+        for place in (0.0, 0.3, 1.0):
+            assert axis.place(axis.value(place)) == pytest.approx(place, abs=1e-12)
 
 
 def test_bad_spaces() -> None:

@@ -23,10 +23,11 @@ import ctrlib  # noqa: E402
 from ctrlib.cli import main  # noqa: E402
 from ctrlib.config import ConfigError  # noqa: E402
 from ctrlib.data.store import Store  # noqa: E402
-from ctrlib.experiment import prepare, train  # noqa: E402
+from ctrlib.experiment import RunConfig, prepare, train  # noqa: E402
+from ctrlib.models.presets import preset  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
-from ctrlib.search import tuning  # noqa: E402
+from ctrlib.search import trials, tuning  # noqa: E402
 from ctrlib.search.budget import Budget  # noqa: E402
 from ctrlib.search.hedge import Hedge  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
@@ -121,6 +122,58 @@ def test_resuming_adds_trials_and_repeats_none(data: Path, tmp_path: Path) -> No
     assert [t.params for t in after[:3]] == [t.params for t in before]
     spaces.run(data, tmp_path / "whole", trials=5)
     assert _params(tmp_path / "whole") == _params(out)
+
+
+def test_resuming_a_spent_budget_changes_nothing(data: Path, tmp_path: Path) -> None:
+    """What is trained again already costs no time."""
+    out = tmp_path / "run"
+    first = spaces.run(data, out, budget=60.0, trials=4)
+    assert len(first["leaderboard"]) == 2
+    storage = open_storage(None, out / "study.journal")
+    [name] = [study.study_name for study in optuna.get_all_study_summaries(storage)]
+    study = optuna.load_study(study_name=name, storage=storage)
+    [clock] = [key for key in study.user_attrs if key.startswith("elapsed-")]
+    study.set_user_attr(clock, 60.0)
+    again = spaces.run(data, out, budget=60.0, trials=4, resume=True)
+    assert [e["trial"] for e in again["leaderboard"]] == [e["trial"] for e in first["leaderboard"]]
+    assert again["best"] == first["best"]
+
+
+def test_spaces_that_no_worker_could_ask(data: Path, tmp_path: Path) -> None:
+    def lists(trial: Any) -> Any:
+        return trial.suggest_list("x", 1, 2)
+
+    with pytest.raises(ConfigError, match="asks its trial for 'suggest_list'; expected suggest_float, suggest_int"):
+        spaces.run(data, tmp_path / "run", lists, trials=1)
+    with pytest.raises(ConfigError, match=r"cannot be sent to 2 workers .*; expected a function of an imported module"):
+        spaces.run(data, tmp_path / "run", lambda trial: spaces.small(trial), trials=1, workers=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_space_may_keep_notes(data: Path, tmp_path: Path) -> None:
+    def noted(trial: Any) -> Any:
+        trial.set_user_attr("note", 1)
+        return spaces.small(trial)
+
+    assert spaces.run(data, tmp_path / "run", noted, trials=2)["trials"]["complete"] == 2
+    assert [t.user_attrs["note"] for t in _trials(tmp_path / "run")] == [1, 1]
+
+
+def test_large_batches_are_made_smaller_for_a_fraction_of_the_rows() -> None:
+    run = RunConfig(model=preset("dnn"), batch_size=4096).for_rows(100_000)
+    small = trials._with_enough_steps(run, 20_000)
+    assert small.batch_size == 1250
+    assert small.fit.optimizer.learning_rate == pytest.approx(run.fit.optimizer.learning_rate * (1250 / 4096) ** 0.5)
+    assert trials._with_enough_steps(run, 4096 * 16) == run
+
+
+def test_encodings_are_searched_where_there_is_time(tmp_path: Path) -> None:
+    config = SearchConfig(budget=100.0)
+    assert tuning._has_time_to_encode(tmp_path, config)  # of a store
+    for seconds, fits in ((1.0, True), (2.0, False)):
+        (tmp_path / "encoding.json").write_text(json.dumps({"seconds": seconds}))
+        assert tuning._has_time_to_encode(tmp_path, config) == fits
+    assert tuning._has_time_to_encode(tmp_path, SearchConfig(trials=3))
 
 
 def test_no_overwriting_and_no_mixing(finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
