@@ -227,6 +227,8 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = Path(path)
     if (folder / "artifact" / "artifact.json").is_file():
         folder = folder / "artifact"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; expected one written by ctrlib train")
     if not (folder / "artifact.json").is_file():
         raise DataError(f"{folder} is not an artifact (no artifact.json); expected a folder written by ctrlib train")
     file = folder / "artifact.json"

@@ -173,6 +173,13 @@ class DataOptions:
             positive(f"cross_{option}", value)
         if self.cross_memory_mb is not None:
             positive("cross_memory_mb", self.cross_memory_mb)
+        if self.cuts and self.valid is not None and self.test is not None:
+            raise DataError("nothing is to be cut where valid and test rows are given; leave split and shares out")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it is said how rows are to be cut."""
+        return self.split != "auto" or dict(self.shares) != dict(SHARES)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -523,6 +530,8 @@ def open_store(data: object, scratch: Path, options: DataOptions) -> Store:
         return prepare(data, scratch, options)
     if options.valid is not None or options.test is not None:
         raise DataError(f"store {store.path} has splits of its own ({', '.join(store.rows)}); leave valid and test out")
+    if options.cuts:
+        raise DataError(f"store {store.path} has splits of its own ({', '.join(store.rows)}); leave split and shares out")
     has = store.encoder.schema
     if options.crossing:
         named = ", ".join(f"cross_{option}" for option in options.crossing)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     part = _claim(target)
     try:
-        (part / WRITER).write_text(str(os.getpid()))
+        (part / WRITER).write_text(_me())
         yield part
         (part / WRITER).unlink()
         part.rename(target)
@@ -49,7 +50,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            reason = error.strerror or error
+            reason, named = error.strerror or error, str(error.filename or part)
+            if not named.startswith(str(part)):
+                raise DataError(f"{named}: cannot be read or written ({reason})") from error
             raise DataError(f"{target}: cannot be written ({reason}); free some space or choose another place") from error
         raise
 
@@ -63,7 +66,7 @@ def discard_unfinished(target: str | Path) -> None:
     """Remove what was left of an unfinished :func:`new_folder`, weights too, by a process that is gone or by this one."""
     target = Path(target)
     part = target.with_name(target.name + ".part")
-    if (part / WRITER).is_file() and _writer(part) in (None, os.getpid()):
+    if (part / WRITER).is_file() and ((writer := _writer(part)) is None or _mine(writer)):
         shutil.rmtree(part)
 
 
@@ -84,8 +87,14 @@ def _clear(part: Path) -> None:
     """Remove what a writer that is gone left unfinished; nothing else."""
     writer = _writer(part) if (part / WRITER).is_file() else None
     kept = (part / KEPT).is_file()
-    if writer is not None and not (kept and writer == os.getpid()):  # of this process, weights are what an error left
-        raise DataError(f"{part.name.removesuffix('.part')}: another process is writing it; choose another folder, or wait")
+    if writer is not None and not (kept and _mine(writer)):  # of this process, weights are what an error left
+        name, host = part.name.removesuffix(".part"), writer.split()[1:2]
+        if host and host[0] != socket.gethostname():
+            raise DataError(
+                f"{name}: a process of the machine {host[0]} writes it, or did; choose another folder, wait, or remove {part} "
+                "if that process is gone"
+            )
+        raise DataError(f"{name}: another process is writing it; choose another folder, or wait")
     if kept:
         raise DataError(f"{part} holds the weights of a run that was not finished; move or remove it")
     if not (part / WRITER).is_file():
@@ -93,10 +102,38 @@ def _clear(part: Path) -> None:
     shutil.rmtree(part)
 
 
-def _writer(part: Path) -> int | None:
-    """The process that writes the folder, while it lives."""
+def _me() -> str:
+    """Number, machine and beginning of this process. In a container that was started again a new process has the number of the
+    old one, and on a disk that machines share numbers mean nothing to others."""
+    return f"{os.getpid()} {socket.gethostname()} {process_began(os.getpid()) or ''}".strip()
+
+
+def _mine(writer: str) -> bool:
+    process, host = (*writer.split(), "")[:2]
+    return process == str(os.getpid()) and host in ("", socket.gethostname())
+
+
+def _writer(part: Path) -> str | None:
+    """The process that writes the folder, as :func:`_me` names it, unless it is known to be gone."""
     text = (part / WRITER).read_text()
-    return int(text) if text.isdecimal() and process_alive(int(text)) else None
+    process, host, began = (*text.split(), "", "", "")[:3]
+    if not process.isdecimal():
+        return None
+    if host and host != socket.gethostname():
+        return text
+    if not process_alive(int(process)):
+        return None
+    now = process_began(int(process))
+    return None if began and now is not None and began != now else text
+
+
+def process_began(process: int) -> str | None:
+    """When a process of this machine began, in ticks since the machine did; ``None`` where the system does not say."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]  # field 22; the second one, a name in brackets, may hold spaces
 
 
 def process_alive(process: int) -> bool:

@@ -213,7 +213,8 @@ class Optimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of an optimizer of the same model and config; load the weights before."""
         if self._dense is not None:
-            self._dense.load_state_dict(state["dense"])
+            self._dense.load_state_dict(state["dense"])  # which puts new groups in place of the old ones
+            self.param_groups = [*self._dense.param_groups, *([self._rate] if self._tables else [])]
         for table, saved in zip(self._tables, state["tables"], strict=True):
             table.load_state_dict(saved)
         if self._tables:

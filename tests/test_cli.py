@@ -285,7 +285,7 @@ def test_other_refusals(call: Call, data: Path, tmp_path: Path) -> None:
     for words, message in (
         (["train", data / "train.parquet", *unwritable], "cannot be written"),
         (["train", data / "train.parquet", "--model", "dnn", "--out", data / "train.parquet", *given(data)], "exists already"),
-        (["evaluate", tmp_path / "none", data / "test.parquet"], "is not an artifact"),
+        (["evaluate", tmp_path / "none", data / "test.parquet"], "there is no such folder"),
         (["run", tmp_path / "none.py"], "no such experiment file"),
     ):
         code, _, err = call(*words)
@@ -300,6 +300,8 @@ def test_other_refusals(call: Call, data: Path, tmp_path: Path) -> None:
     assert "was made with another schema (fields that differ: " in err
     for option, value, message in (
         ("--valid", data / "valid.parquet", "has splits of its own (train, valid, test)"),
+        ("--split", "order", "has splits of its own (train, valid, test); leave split and shares out"),
+        ("--shares", "0.4,0.3,0.3", "leave split and shares out"),
         ("--label", "buy", "was prepared with label ('label',), not ('buy',)"),
         ("--group", "user", "was prepared with group None, not 'user'"),
     ):

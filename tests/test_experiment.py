@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, evaluate_run, prepare, run_experiment, train
-from ctrlib.files import finite
+from ctrlib.files import finite, new_folder, process_began
 from ctrlib.ranking_metrics import by_history_length, history_segments
 from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitResult, TrainingDivergedError, predict
@@ -622,6 +623,7 @@ class TestExperiment:
     [
         ({"writer.pid": str(os.getppid())}, "another process is writing it"),
         ({"writer.pid": str(os.getppid()), "best.safetensors": "weights"}, "another process is writing it"),
+        ({"writer.pid": "1 elsewhere 17"}, "a process of the machine elsewhere writes it, or did"),
         ({"thesis.txt": "mine"}, "not an unfinished folder of ours"),
         ({"best.safetensors": "weights"}, "holds the weights of a run that was not finished"),
         ({"writer.pid": str(os.getpid()), "best.safetensors": "weights"}, "holds the weights of a run that was not finished"),
@@ -634,6 +636,31 @@ def test_what_may_be_of_use_is_left_alone(data: Path, tmp_path: Path, files: dic
     with pytest.raises(DataError, match=message):
         train(str(data / "train.parquet"), configure("lr"), tmp_path / "run", DataOptions(label="label"))
     assert {path.name: path.read_text() for path in (tmp_path / "run.part").iterdir()} == files
+
+
+@pytest.mark.skipif(process_began(os.getpid()) is None, reason="the system does not say when a process began")
+def test_a_process_of_the_same_number_that_began_earlier_is_gone(tmp_path: Path) -> None:
+    """As in a container that is started again."""
+    part = tmp_path / "run.part"
+    part.mkdir()
+    (part / "writer.pid").write_text(f"{os.getpid()} {socket.gethostname()} 17")
+    with new_folder(tmp_path / "run"):
+        assert (part / "writer.pid").read_text() == f"{os.getpid()} {socket.gethostname()} {process_began(os.getpid())}"
+    assert (tmp_path / "run").is_dir()
+
+
+def test_an_error_of_reading_is_not_one_of_writing(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.bin"
+    with (
+        pytest.raises(DataError, match=r"missing\.bin: cannot be read or written \(No such file"),
+        new_folder(tmp_path / "run"),
+    ):
+        missing.read_bytes()
+
+
+def test_splits_that_would_have_no_effect_are_refused(data: Path) -> None:
+    with pytest.raises(DataError, match="nothing is to be cut where valid and test rows are given"):
+        DataOptions(label="label", valid=str(data / "valid.parquet"), test=str(data / "test.parquet"), split="order")
 
 
 def test_an_inferred_schema_sees_training_rows_only(tmp_path: Path) -> None:

@@ -355,6 +355,7 @@ def test_a_run_goes_on_from_its_saved_state(rule: Rule, engine: str) -> None:
     second.load_state_dict(weights)
     resumed = build_optimizer(second, config)
     resumed.load_state_dict(state)
+    assert {id(group) for group in resumed.param_groups} >= {id(group) for group in resumed._dense.param_groups}  # type: ignore[union-attr]
     steps(second, resumed, range(30, 60))
     resumed.close()
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):

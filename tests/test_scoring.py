@@ -83,7 +83,7 @@ def test_rows_by_the_artifact_of_a_run_on_nodes(nodes: Path, tmp_path: Path) -> 
 
 def test_refusals_leave_nothing(clicks: Path, nodes: Path, tmp_path: Path) -> None:
     rows, out = pq.read_table(clicks / "test.parquet"), tmp_path / "p.parquet"
-    with pytest.raises(DataError, match="is not an artifact"):
+    with pytest.raises(DataError, match="there is no such folder"):
         ctrlib.predict_run(tmp_path / "nowhere", None, out)
     with pytest.raises(ConfigError, match="is a run on rows; name a table of rows, and no edges"):
         ctrlib.predict_run(clicks / "run", None, out)

@@ -322,6 +322,9 @@ class _Side:
         return {name: batch.sequences[name] for name in self._behaviours}
 
 
+_LONG = 256  # characters of text that is not remembered, since the memory counts values
+
+
 class _Memory:
     """Ids of values that were seen before, at most ``limit`` of them; the others from ``resolve``."""
 
@@ -343,10 +346,11 @@ class _Memory:
         places = list(new.values())
         raw = [value[1] if type(value) is tuple else value for value in new]
         found = dict(zip(new, self._resolve(raw, lambda i: place(places[i])).tolist(), strict=True))
-        if len(known) + len(found) <= self._limit:
-            known.update(found)
-        elif len(found) <= self._limit:
-            self._known = dict(found)
+        short = {value: i for value, i in found.items() if not (type(value) is str and len(value) > _LONG)}
+        if len(known) + len(short) <= self._limit:
+            known.update(short)
+        elif len(short) <= self._limit:
+            self._known = short
         for at, value in enumerate(values):
             if type(value) is _Odd:
                 found[value] = int(self._resolve([value.value], partial(_same, place(at)))[0])
@@ -360,15 +364,27 @@ def _same(place: str, _: int) -> str:
 def _resolved(encoder: Encoder, name: str, values: list[object], place: Place) -> Ids:
     """Ids of raw values, each as if it stood alone in a column."""
     found = np.empty(len(values), np.int32)
-    for kind in dict.fromkeys(map(type, values)):
-        at = [i for i, value in enumerate(values) if type(value) is kind]
+    # what makes a column together: integers from 2⁶³ up make none with those below 0
+    kinds: dict[tuple[type, bool], list[int]] = {}
+    for i, value in enumerate(values):
+        kinds.setdefault((type(value), type(value) is int and value >= 2**63), []).append(i)
+    for (kind, _), at in kinds.items():
         if kind is type(None) and isinstance(encoder.schema[name], SequenceField):
             raise DataError(f"{place(at[0])}: a list holds a missing value; remove it from the list")
-        try:
-            found[at] = encoder.ids(name, [values[i] for i in at])
-        except (DataError, UnicodeError, pa.ArrowException):  # of one value, or of two that are no column together
-            found[at] = [_alone(encoder, name, values[i], partial(place, i)) for i in at]
+        _fill_ids(encoder, name, values, at, found, place)
     return found
+
+
+def _fill_ids(encoder: Encoder, name: str, values: list[object], at: list[int], found: Ids, place: Place) -> None:
+    """The ids of the values at some places; halved until the wrong one is found, so that it takes few tries."""
+    if len(at) == 1:
+        found[at] = _alone(encoder, name, values[at[0]], partial(place, at[0]))
+        return
+    try:
+        found[at] = encoder.ids(name, [values[i] for i in at])
+    except (DataError, UnicodeError, pa.ArrowException):
+        for half in (at[: len(at) // 2], at[len(at) // 2 :]):
+            _fill_ids(encoder, name, values, half, found, place)
 
 
 def _alone(encoder: Encoder, name: str, value: object, place: Callable[[], str]) -> int:
@@ -477,6 +493,8 @@ def _sequence(f: SequenceField, memory: _Memory, rows: Sequence[object], place: 
 def _time(value: object, clock: bool, place: Callable[[], str]) -> object:
     """A time, or a list of times, in which text is read as ISO 8601; times without a zone are in UTC."""
     if isinstance(value, list | tuple):
+        if any(isinstance(one, list | tuple) for one in value):
+            raise DataError(f"{place()}: a list of times holds a list; expected times")
         return [_time(one, clock, place) for one in value]
     if not isinstance(value, str):
         return value
@@ -484,9 +502,9 @@ def _time(value: object, clock: bool, place: Callable[[], str]) -> object:
         raise DataError(f"{place()}: {value!r:.80} is text, but training had numbers; expected times of the same kind")
     try:
         time = datetime.fromisoformat(value)
-    except ValueError as error:
+        return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
+    except (ValueError, OverflowError) as error:  # the latter in UTC only
         raise DataError(f"{place()}: {value!r:.80} is no time; expected ISO 8601, such as '2024-05-01T12:30:00'") from error
-    return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _list(f: SequenceField, value: object, place: Callable[[], str]) -> Sequence[object]:

@@ -144,7 +144,9 @@ def _concat(arrays: list[Any]) -> Any:
     if len(arrays) == 1:
         return arrays[0]
     if isinstance(arrays[0], pa.DictionaryArray):
-        return pa.chunked_array(arrays).unify_dictionaries().combine_chunks()
+        # codes of few bits may not number the values of all parts together
+        wide = [pa.DictionaryArray.from_arrays(a.indices.cast(pa.int32()), a.dictionary) for a in arrays]
+        return pa.chunked_array(wide).unify_dictionaries().combine_chunks()
     return pa.concat_arrays(arrays)
 
 
@@ -182,6 +184,8 @@ class _Part:
 
 
 def _damaged(path: Path | None, error: Exception) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{path}: cannot be read (permission denied); allow it, or copy the file")
     return DataError(
         f"{path}: cannot be read as Parquet ({_first_line(error)}); the file is damaged or cut short: copy or write it again"
     )
@@ -280,19 +284,30 @@ def _find(path: str) -> list[Path]:
     if at.is_file():
         return [at]
     if at.is_dir():
-        files = sorted(p for p in at.rglob("*") if p.is_file() and not p.name.startswith((".", "_")))
-        files = [p for p in files if _kind(p)]
+        for name in ("artifact.json", "artifact/artifact.json", "encoder.json"):
+            if (at / name).is_file():
+                raise DataError(f"{path}: the folder is a run, an artifact or an encoder, not a table; name the rows")
+        files = _tables_in(at)
         if not files:
             raise DataError(f"{path}: the folder holds no .parquet, .csv or .tsv file")
     else:
         found = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
-        files = [p for p in found if p.is_file() and not p.name.startswith((".", "_"))]
+        visible = [p for p in found if not p.name.startswith((".", "_"))]
+        # a name such as day.parquet may be that of a folder of parts
+        files = [f for p in visible for f in ([p] if p.is_file() else _tables_in(p) if _kind(p) else [])]
+        files = list(dict.fromkeys(files))
         if not files:
             raise DataError(f"{path}: no such file, folder or glob")
     kinds = {_kind(p) or f"unknown: {p.name}" for p in files}
     if len(kinds) > 1:
         raise DataError(f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}); keep one kind")
     return files
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    """Files of tables in a folder and below; not those that are hidden or in hidden folders, where writers keep drafts."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p))
+    return [p for p in files if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
 
 
 def _kind(path: Path) -> str:

@@ -70,6 +70,8 @@ def split_rows(
 def _times(table: Source, time: str) -> npt.NDArray[np.float64] | npt.NDArray[np.int64]:
     table.require([time], ", the time column")
     values = table.column(time)
+    if isinstance(values, pa.DictionaryArray) and values.dictionary.null_count:
+        values = values.dictionary_decode()
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
     if values.null_count:

@@ -22,8 +22,9 @@ from ctrlib.schema import FIRST_VALUE_ID, OOV_ID, PADDING_ID, DataError
 Ids = npt.NDArray[np.int32]
 Hashes = npt.NDArray[np.uint64]
 _Pointer = int | None
-_EXACT_FLOATS = 2.0**53
+_EXACT_FLOATS = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # by bits
 _HASHED = 1 << 16  # strings that are hashed at a time: bounds the memory it takes
+_LONGEST = 1 << 12  # bytes of a string that its quick hash depends on
 _PENDING = 1 << 18
 
 
@@ -31,8 +32,8 @@ def key_type(kind: Any) -> Any:
     """The Arrow type in which a vocabulary keeps values of a column of this type: int64 or large_string."""
     if pa.types.is_dictionary(kind) or pa.types.is_large_list(kind) or pa.types.is_list(kind):
         return key_type(kind.value_type)
-    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
-    return pa.int64() if numeric else pa.large_string()
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return pa.int64() if number or pa.types.is_boolean(kind) or pa.types.is_null(kind) else pa.large_string()
 
 
 def as_keys(array: Any, kind: Any, describe: Callable[[int], str]) -> Any:
@@ -89,7 +90,7 @@ def _exact(values: Any, kind: Any) -> Any:
     if values.type == pa.uint64() and kind == pa.int64():  # the same 64 bits: 2^64 distinct values stay distinct
         values = values.view(pa.int64())
     elif pa.types.is_floating(values.type):  # pandas turns integer columns with gaps into floats
-        if pc.any(pc.greater_equal(pc.abs(values), _EXACT_FLOATS)).as_py():
+        if pc.any(pc.greater_equal(pc.abs(values.cast(pa.float64())), _EXACT_FLOATS[values.type.bit_width])).as_py():
             raise pa.ArrowInvalid("a float this large may stand for several integers")
         values = pc.cast(values, pa.int64())
     return values if values.type == kind else pc.cast(values, kind)
@@ -143,7 +144,7 @@ def _text_buffers(values: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.ui
 
 
 def _search_hash(values: Any) -> Hashes:
-    """A hash for tables in memory: as :func:`hash64`, but quick, and free to change."""
+    """A hash for tables in memory: as :func:`hash64`, but quick, free to change, and of long text that of its beginning."""
     if len(values) > _HASHED:
         return np.concatenate([_search_hash(values.slice(at, _HASHED)) for at in range(0, len(values), _HASHED)])
     if values.type == pa.int64():
@@ -158,7 +159,7 @@ def _search_hash(values: Any) -> Hashes:
     while len(rows):
         left = lengths[rows] - done
         hashes[rows] = _mix(hashes[rows] ^ (words[offsets[rows] + done] & masks[np.minimum(left, 8)]))
-        done, rows = done + 8, rows[left > 8]
+        done, rows = done + 8, rows[left > 8] if done < _LONGEST else rows[:0]
     return hashes
 
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from ctrlib.config import ConfigError
-from ctrlib.files import process_alive
+from ctrlib.files import process_alive, process_began
 from ctrlib.search.fidelity import Scores, lifted
 from ctrlib.search.hedge import Axis, Hedge, Params, locate, merged, standardised, transfer
 from ctrlib.search.space import UNSCALED, Draw, Space
@@ -324,7 +324,7 @@ def mark_as_own(trial: optuna.Trial) -> None:
         if first < trial.number:
             trial.set_user_attr(_REPEATS, first)
             raise RepeatedTrialError(f"trial {first} takes up trial {lost} already")
-    trial.set_user_attr("process", _began(os.getpid()))
+    trial.set_user_attr("process", process_began(os.getpid()))
     trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
 
 
@@ -358,17 +358,8 @@ def _gone(trial: FrozenTrial) -> bool:
         return False
     if int(number) == os.getpid() or not process_alive(int(number)):
         return True
-    began, now = trial.user_attrs.get("process"), _began(int(number))
+    began, now = trial.user_attrs.get("process"), process_began(int(number))
     return began is not None and now is not None and began != now
-
-
-def _began(process: int) -> str | None:
-    """When a process of this machine began, in ticks since the machine did; ``None`` where the system does not say."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()[19]  # field 22; the second one, a name in brackets, may hold spaces
 
 
 def again(study: Study, trial: FrozenTrial) -> None:

@@ -197,18 +197,28 @@ class Engine:
                 self._queue.task_done()
 
     @staticmethod
+    def _problems(ranker: Ranker, waiting: _Waiting, error: DataError) -> Exception:
+        try:
+            problems = ranker.encoder.problems(waiting.context, waiting.candidates)
+        except Exception as fault:
+            return fault
+        return RequestError(problems or [Problem("", str(error))])
+
+    @staticmethod
     def _together(ranker: Ranker, requests: Sequence[Request]) -> list[Any]:
         if not requests:
             return []
         try:
             return list(ranker.score_together(requests))
-        except DataError:  # of one of them; the others get their probabilities
+        except Exception:  # of one of them; the others get their probabilities
             answers: list[Any] = []
             for request in requests:
                 try:
                     answers.append(ranker.probabilities(request))
                 except DataError as error:
                     answers.append(RequestError([Problem("", str(error))]))
+                except Exception as error:
+                    answers.append(error)
             return answers
 
     def _answers(self, serving: Serving, batch: Sequence[_Waiting]) -> list[Any]:
@@ -223,8 +233,9 @@ class Engine:
                 else:
                     answers[at] = ranker.probabilities(request)
             except DataError as error:
-                problems = ranker.encoder.problems(waiting.context, waiting.candidates)
-                answers[at] = RequestError(problems or [Problem("", str(error))])
+                answers[at] = self._problems(ranker, waiting, error)
+            except Exception as error:  # a fault of ours: it is this request's alone
+                answers[at] = error
         for (at, _), answer in zip(together, self._together(ranker, [request for _, request in together]), strict=True):
             answers[at] = answer
         self.metrics.count("batches")

@@ -81,12 +81,13 @@ def _kind(f: Field | None) -> dict[str, Any]:
 
 
 def example(ranker: Ranker) -> dict[str, Any]:
-    """A request with everything missing but lists and times, which are empty and 0."""
+    """A request with everything missing but lists, which are empty, and times, which are 0 or a day."""
     fields = {f.name: f for f in ranker.artifact.schema.fields}
+    time = "2024-01-01T00:00:00" if any(ranker.artifact.encoder.clocks.values()) else 0
 
     def value(name: str) -> object:
         if name not in fields:
-            return 0 if name == ranker.artifact.schema.time else []
+            return time if name == ranker.artifact.schema.time else []
         return [] if isinstance(fields[name], SequenceField) else None
 
     candidate = {name: value(name) for name in ranker.candidate_fields}

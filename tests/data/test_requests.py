@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ctrlib.batch import Ragged
+from ctrlib.data import requests as requests_module
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.requests import RequestEncoder, repeated
 from ctrlib.schema import CrossField, DataError, DenseField, History, Schema, SequenceField, SparseField
@@ -162,6 +163,29 @@ def test_a_number_that_equals_a_remembered_one_of_another_type(encoder: Encoder)
     memory.encode(PLAIN | {"user": 2**53}, [CANDIDATE])
     with pytest.raises(DataError, match=r"field 'user'"):
         memory.encode(PLAIN | {"user": 2.0**53}, [CANDIDATE])
+
+
+def test_one_wrong_value_of_many_is_found_in_few_tries(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    ids = Encoder.ids
+
+    def counted(self: Encoder, name: str, values: Any) -> Any:
+        calls.append(len(values))
+        return ids(self, name, values)
+
+    monkeypatch.setattr(Encoder, "ids", counted)
+    values: list[object] = [str(i) for i in range(3000)]
+    assert len(requests_module._resolved(encoder, "user", values, str)) == 3000
+    values[2777] = "x"
+    with pytest.raises(DataError, match="2777: 'x' is not"):
+        requests_module._resolved(encoder, "user", values, str)
+    assert len(calls) < 40
+
+
+def test_long_text_is_not_remembered() -> None:
+    memory = requests_module._Memory(lambda values, place: np.full(len(values), 7, np.int32), 100)
+    assert memory.ids(["x" * 257, "y"], str) == [7, 7]
+    assert list(memory._known) == ["y"]
 
 
 def test_mixed_kinds_in_one_request(encoder: Encoder) -> None:
@@ -358,6 +382,14 @@ def test_times_of_requests_are_of_the_kind_of_training() -> None:
         memory.encode(past | {"when": ["yesterday", "today"]}, [{"item": 1}])
     with pytest.raises(DataError, match="the context, field 'now': '5' is no time"):
         memory.encode(past | {"now": "5"}, [{"item": 1}])
+    for beyond in ("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00"):  # no time in UTC
+        with pytest.raises(DataError, match="is no time"):
+            memory.encode(past | {"now": beyond}, [{"item": 1}])
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(DataError, match="a list of times holds a list"):
+        memory.encode(past | {"when": deep}, [{"item": 1}])
     numbers = RequestEncoder(Encoder.fit(HISTORY, [{**row, "when": [1, 2], "now": 9} for row in rows]))
     with pytest.raises(DataError, match="the context, field 'when': '2024-01-01' is text, but training had numbers"):
         numbers.encode({**past, "when": ["2024-01-01"] * 2, "now": 9}, [{"item": 1}])

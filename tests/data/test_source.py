@@ -71,6 +71,8 @@ def as_folder(folder: Path) -> str:
     pq.write_table(table().slice(20), inner / "c.pq")
     (inner / "_SUCCESS").write_text("")
     (inner / "notes.txt").write_text("not a table")
+    (inner / "_temporary").mkdir()
+    pq.write_table(table().slice(0, 3), inner / "_temporary" / "draft.parquet")
     return str(folder / "parts")
 
 
@@ -445,3 +447,31 @@ def test_fingerprints_name_the_raw_files(tmp_path: Path) -> None:
         {"path": str(path.resolve()), "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     ]
     assert json.dumps(open_source(ROWS).fingerprint()) == "[]"
+
+
+def test_a_glob_reads_folders_that_are_named_as_tables(tmp_path: Path) -> None:
+    """As Spark writes them."""
+    for day in ("d1.parquet", "d2.parquet"):
+        (tmp_path / day).mkdir()
+        pq.write_table(table().slice(0, 3), tmp_path / day / "part-0.parquet")
+    pq.write_table(table().slice(0, 4), tmp_path / "x.parquet")
+    assert open_source(str(tmp_path / "*.parquet")).num_rows == 10
+
+
+def test_what_is_no_table_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "artifact.json").write_text("{}")
+    pq.write_table(table(), tmp_path / "artifact" / "vocabulary.parquet")
+    with pytest.raises(DataError, match="the folder is a run, an artifact or an encoder, not a table"):
+        open_source(str(tmp_path))
+
+
+def test_categories_of_files_with_other_codes(tmp_path: Path) -> None:
+    """100 values of eight bits a file are 200 values together."""
+    for day in range(2):
+        codes = pa.array(np.arange(100, dtype=np.int8))
+        values = pa.array([f"{day}-{i}" for i in range(100)])
+        pq.write_table(pa.table({"c": pa.DictionaryArray.from_arrays(codes, values)}), tmp_path / f"{day}.parquet")
+    column = open_source(str(tmp_path)).column("c")
+    assert len(column) == 200
+    assert len(set(column.to_pylist())) == 200

@@ -137,6 +137,12 @@ def test_a_row_without_a_time(times: list[Any]) -> None:
         split_rows(table(times), SHARES, time="t")
 
 
+def test_a_missing_time_inside_a_dictionary() -> None:
+    times = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2] + [0] * 7, pa.int8()), pa.array(["a", "b", None]))
+    with pytest.raises(DataError, match=r"column 't', the table, row 3: the time is missing"):
+        split_rows(open_source(pa.table({"t": times})), SHARES, time="t")
+
+
 def test_random_parts_are_spread_evenly_over_the_file() -> None:
     parts = rows(split_rows(table(n=40_000), {"train": 0.7, "test": 0.3}, by="random", seed=1))
     counts = np.histogram(parts["test"], bins=20, range=(0, 40_000))[0]  # hypergeometric: mean 600, variance 2000·.3·.7·.95

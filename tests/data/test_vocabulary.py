@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import random
 from typing import Any
 
@@ -423,3 +424,25 @@ def test_a_vocabulary_may_keep_nothing() -> None:
     oov, _ = full.keep(np.arange(full.size) == 1)
     assert oov.size == 2
     assert ids(oov, pa.array(["a", "new", None])) == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(pa.float16(), 2**11), (pa.float32(), 2**24), (pa.float64(), 2**53)])
+def test_floats_that_may_stand_for_several_integers(kind: Any, limit: int) -> None:
+    fine = pa.array(np.array([limit - 1, limit - 2]).astype(kind.to_pandas_dtype()), kind)
+    assert {limit - 1, limit - 2} <= set(fit(fine).values.to_pylist())
+    with pytest.raises(DataError, match="is not an integer id"):
+        fit(pa.array(np.array([limit]).astype(kind.to_pandas_dtype()), kind))
+
+
+def test_decimals_are_integers_or_refused() -> None:
+    vocabulary = fit(pa.array([decimal.Decimal("12.00"), decimal.Decimal("7.00")], pa.decimal128(10, 2)))
+    assert sorted(ids(vocabulary, pa.array([12, 7]))) == sorted(ids(vocabulary, pa.array(["12", "7"]))) == [2, 3]
+    with pytest.raises(DataError, match=r"12\.50.* is not an integer id"):
+        fit(pa.array([decimal.Decimal("12.50")], pa.decimal128(10, 2)))
+
+
+def test_long_texts_that_differ_at_their_ends_only() -> None:
+    long = ["a" * 10_000 + end for end in "xyz"]
+    vocabulary = fit(pa.array(long))
+    assert sorted(ids(vocabulary, pa.array(long))) == [2, 3, 4]
+    assert ids(vocabulary, pa.array(["a" * 10_000 + "w", "a" * 5_000])) == [1, 1]

@@ -15,6 +15,7 @@ optuna = pytest.importorskip("optuna")
 
 from optuna.trial import TrialState  # noqa: E402
 
+from ctrlib import files  # noqa: E402
 from ctrlib.search import sampling  # noqa: E402
 from ctrlib.search.hedge import Axis, Hedge  # noqa: E402
 from ctrlib.search.sampling import (  # noqa: E402
@@ -139,11 +140,11 @@ def test_the_later_of_two_trials_of_one_lost_trial_is_dropped(monkeypatch: pytes
     assert take_up_lost(study) == 0
 
 
-@pytest.mark.skipif(sampling._began(os.getpid()) is None, reason="the system does not say when a process began")
+@pytest.mark.skipif(files.process_began(os.getpid()) is None, reason="the system does not say when a process began")
 def test_a_process_that_got_the_number_of_one_that_is_gone() -> None:
     study = optuna.create_study()
     parent = f"{socket.gethostname()}:{os.getppid()}"
-    _killed(study, {}, parent, process=sampling._began(os.getppid()))
+    _killed(study, {}, parent, process=files.process_began(os.getppid()))
     assert take_up_lost(study) == 0
     _killed(study, {}, parent, process="17")
     assert take_up_lost(study) == 1

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from ctrlib import artifact
 from ctrlib.calibration import Calibration
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.requests import RequestEncoder
 from ctrlib.models.ctr import build_model
 from ctrlib.models.presets import preset
 from ctrlib.ranking import Ranker
@@ -268,6 +269,26 @@ def test_requests_that_come_together_get_their_own_answers(folder: Path) -> None
         np.testing.assert_allclose(shown, ranker.score(*request), rtol=0, atol=1e-6)
 
 
+def test_a_fault_with_one_request_is_no_fault_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = requests(5, 3, seed=3)
+    encode = RequestEncoder.encode
+
+    def faulty(self: RequestEncoder, context: Any, candidates: Any) -> Any:
+        if context == many[2][0]:
+            raise OverflowError("beyond")
+        return encode(self, context, candidates)
+
+    async def run() -> list[Any]:
+        engine = Engine(folder / "first")
+        engine.start()
+        monkeypatch.setattr(RequestEncoder, "encode", faulty)
+        found = await asyncio.wait_for(asyncio.gather(*(engine.score(*r) for r in many), return_exceptions=True), 60)
+        await engine.stop()
+        return found
+
+    assert [type(answer) for answer in asyncio.run(run())] == [tuple, tuple, OverflowError, tuple, tuple]
+
+
 def test_too_many_waiting_are_told_so(folder: Path) -> None:
     async def run() -> list[Any]:
         engine = Engine(folder / "first", Limits(waiting=2, seconds=30))
@@ -310,7 +331,7 @@ def test_a_swap_drops_and_mixes_nothing(folder: Path) -> None:
             await asyncio.sleep(0.2)
         (folder / "next").symlink_to(folder / "nothing")
         (folder / "next").replace(place)
-        with pytest.raises(DataError, match="is not an artifact"):
+        with pytest.raises(DataError, match="there is no such folder"):
             await engine.reload()
         assert engine.serving.version == versions[0]
         done.set()
