@@ -68,6 +68,8 @@ class Sequences:
         script: in ``datasets/``, which writes train, valid and test Parquet, and the schema.
         raw: its folder of raw files, below ``$CTRLIB_DATA``.
         folder: of the experiment: ``results/`` and README.md.
+        script_options: of the script, beside the folders.
+        valid_every: of so many validation sessions one is used.
     """
 
     module: str
@@ -76,22 +78,27 @@ class Sequences:
     script: str
     raw: str
     folder: Path
+    script_options: tuple[str, ...] = ()
+    valid_every: int = 1
 
     def settings(self, name: str, options: argparse.Namespace) -> dict[str, Any]:
         """What decides a result, besides the seed."""
-        settings: dict[str, Any] = json.loads(
-            json_text({"sessions": options.sessions, "valid_negatives": VALID_NEGATIVES, "run": to_json(config(name, options))})
-        )
+        found: dict[str, Any] = {"sessions": options.sessions, "valid_negatives": VALID_NEGATIVES}
+        if self.script_options:
+            found["script_options"] = self.script_options
+        if self.valid_every > 1:
+            found["valid_every"] = self.valid_every
+        settings: dict[str, Any] = json.loads(json_text({**found, "run": to_json(config(name, options))}))
         return settings
 
     def store(self, scratch: Path, sessions: int | None) -> Store:
         """The data, encoded; of the first sessions of each split, for a quick look."""
         source = scratch / "data"
         command = [sys.executable, str(ROOT / "datasets" / self.script), "--raw", str(RAW / self.raw), "--out", str(source)]
-        if subprocess.run(command).returncode != 0:
+        if subprocess.run([*command, *self.script_options]).returncode != 0:
             raise DataError(f"the data could not be prepared (see above); set CTRLIB_DATA to the folder that holds {self.raw}/")
         files = {name: source / f"{name}.parquet" for name in ("train", "valid", "test")}
-        _thin(files["valid"], VALID_NEGATIVES)
+        _thin(files["valid"], VALID_NEGATIVES, self.valid_every)
         if sessions is not None:
             for path in files.values():
                 table = pq.read_table(path)
@@ -135,15 +142,16 @@ sessions, but AUC (over all rows) and GAUC (weighed by rows).
 """
 
 
-def _thin(path: Path, negatives: int) -> None:
-    """Leave the sessions of a file so many negatives each; they stand in random order."""
+def _thin(path: Path, negatives: int, every: int = 1) -> None:
+    """Leave one of so many sessions of a file, with so many negatives each; they stand in random order."""
     table = pq.read_table(path)
     positive_R = table["label"].to_numpy() == 1
     session_R = np.cumsum(np.diff(table["session"].to_numpy(), prepend=-1) != 0) - 1
     seen_R = np.cumsum(~positive_R)
     starts_S = np.flatnonzero(np.diff(session_R, prepend=-1))
     before_S = seen_R[starts_S] - ~positive_R[starts_S]
-    pq.write_table(table.filter(positive_R | (seen_R - before_S[session_R] <= negatives)), path)
+    kept_R = positive_R | (seen_R - before_S[session_R] <= negatives)
+    pq.write_table(table.filter(kept_R & (session_R % every == 0)), path)
 
 
 _TUNING = """

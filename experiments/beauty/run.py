@@ -14,10 +14,13 @@ EXPERIMENT = Sequences(
     module="experiments.beauty.run",
     title="Amazon Beauty: users with short and long histories",
     text="""The next item of a user among random items that the user did not meet; items have several attributes. The last
-interaction of every user is for test, the one before for validation ([the script](../../datasets/beauty.py)).""",
+interaction of every user is for test, the one before for validation ([the script](../../datasets/beauty.py)). A training
+session has one negative, and one in five of the validation sessions is used, for the time that five seeds take.""",
     script="beauty.py",
     raw="s3rec-beauty",
     folder=Path(__file__).resolve().parent,
+    script_options=("--train-negatives", "1"),
+    valid_every=5,
 )
 
 if __name__ == "__main__":
