@@ -51,6 +51,34 @@ def positive(name: str, *values: float) -> None:
             raise ConfigError(f"{name} is {value}; expected a number above 0")
 
 
+def check_literals(config: object) -> None:
+    """Raise :class:`ConfigError` unless every option that is one of some names is one, in this config and those inside it."""
+    if isinstance(config, Mapping):
+        config = tuple(config.values())
+    if isinstance(config, tuple):
+        for item in config:
+            check_literals(item)
+    if not isinstance(config, Component.Config):
+        return
+    for name, choices in _literals(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, str) and value not in choices:
+            check_choice(f"{type(config).__qualname__.removesuffix('.Config')}.{name}", value, choices)
+    for f in dataclasses.fields(config):
+        check_literals(getattr(config, f.name))
+
+
+def _literals(cls: type) -> dict[str, tuple[str, ...]]:
+    """The names that an option may be, of the options that may be nothing else as text."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        parts = [hint] if typing.get_origin(hint) is Literal else typing.get_args(hint)
+        choices = [arg for part in parts if typing.get_origin(part) is Literal for arg in typing.get_args(part)]
+        if choices and str not in parts:
+            found[name] = tuple(choice for choice in choices if isinstance(choice, str))
+    return found
+
+
 def check_seed(seed: int) -> None:
     """Raise :class:`ConfigError` unless it is a seed that NumPy takes."""
     if not 0 <= seed < 2**32:

@@ -82,6 +82,8 @@ class FeatureEmbedding(Component, nn.Module):
             check_choice("embedding.row_dtype", self.row_dtype, get_args(RowDtype))
             fraction("embedding.dropout", self.dropout)
             fraction("embedding.token_dropout", self.token_dropout)
+            if self.fields is not None and len(set(self.fields)) < len(self.fields):
+                raise ConfigError(f"embedding.fields names a field twice: {', '.join(self.fields)}")
 
     def __init__(self, config: Config, layout: BatchLayout, unpooled: Collection[str] = ()) -> None:
         super().__init__()

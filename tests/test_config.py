@@ -5,12 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pytest
 
-from ctrlib.config import Component, ConfigError, Table, fraction, from_json, option_paths, override, positive, to_json
+from ctrlib.config import (
+    Component,
+    ConfigError,
+    Table,
+    check_literals,
+    fraction,
+    from_json,
+    option_paths,
+    override,
+    positive,
+    to_json,
+)
+from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.compose import Stack
+from ctrlib.interactions.mlp import MLP
+from ctrlib.models.ctr import build_model
+from ctrlib.models.presets import preset
+from ctrlib.schema import BatchLayout, SparseColumn
 
 
 class Block(Component):
@@ -215,3 +232,19 @@ def test_positive_and_fraction() -> None:
     for value in (1, -0.1, math.nan):
         with pytest.raises(ConfigError, match=f"x is {value}; expected a number from 0"):
             fraction("x", 0.5, value)
+
+
+def test_names_that_are_none_of_an_option() -> None:
+    """Also where the config was made in Python, and in parts of parts; what may be any text is left alone."""
+    check_literals(RUN)
+    config = Stack.Config(blocks=(MLP.Config(hidden_units=(4,)), MLP.Config(hidden_units=(4,), norm="batchnorm")))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"MLP\.norm is 'batchnorm'; expected one of 'none', 'batch', 'layer'; did you mean"):
+        check_literals(config)
+    layout = BatchLayout(sparse=(SparseColumn("a", 9, "a"), SparseColumn("b", 9, "b")))
+    wrong = replace(preset("dnn"), weight_init="xavier")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"CTRModel\.weight_init is 'xavier'"):
+        build_model(wrong, layout)
+    with pytest.raises(ConfigError, match="the rows are nodes of a graph with the classes x, y; expected a model of nodes"):
+        build_model(preset("dnn"), replace(layout, classes=("x", "y")))
+    with pytest.raises(ConfigError, match=r"embedding\.fields names a field twice: a, b, a"):
+        FeatureEmbedding.Config(fields=("a", "b", "a"))

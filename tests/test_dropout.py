@@ -71,3 +71,9 @@ def test_a_compiled_graph_draws_as_torch_does() -> None:
     found = compiled(torch.ones(1000))
     torch.manual_seed(0)
     assert torch.equal(found, F.dropout(torch.ones(1000), 0.5))
+
+
+def test_a_chance_of_almost_one() -> None:
+    x = dropout(torch.ones(1_000_000), 0.999999)
+    assert x.isfinite().all()
+    assert (x == 0).float().mean() > 0.9999

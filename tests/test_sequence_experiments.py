@@ -116,6 +116,9 @@ def test_thinned_sessions_keep_their_positive_and_the_first_negatives(tmp_path: 
     pq.write_table(table, tmp_path / "valid.parquet")
     sequences._thin(tmp_path / "valid.parquet", 2)
     assert pq.read_table(tmp_path / "valid.parquet")["row"].to_pylist() == [0, 1, 2, 5, 6, 7, 9, 10]
+    pq.write_table(table, tmp_path / "valid.parquet")
+    sequences._thin(tmp_path / "valid.parquet", 2, every=2)
+    assert pq.read_table(tmp_path / "valid.parquet")["row"].to_pylist() == [0, 1, 2, 9, 10]
 
 
 def test_a_quick_look_does_not_mix_with_results(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ctrlib.config import Component, ConfigError
+from ctrlib.config import Component, ConfigError, check_literals
 from ctrlib.schema import FieldLayout
 
 Axes = Mapping[str, tuple[tuple[str, ...], ...]]
@@ -36,6 +36,7 @@ class Interaction(Component, nn.Module, ABC):
 
     out: FieldLayout
     axes: Axes = MappingProxyType({})
+    vectors_read: int | None = None  # of a block that may read several vectors per value side by side: how many
 
     @abstractmethod
     def forward(self, x_BFD: Tensor) -> Tensor:
@@ -56,7 +57,12 @@ class Interaction(Component, nn.Module, ABC):
 
 
 def build(config: Interaction.Config, layout: FieldLayout) -> Interaction:
-    """The block that ``config`` describes, for inputs of this layout."""
+    """The block that ``config`` describes, for inputs of this layout.
+
+    Raises:
+        ConfigError: an option has a value that cannot be, or does not go with the layout.
+    """
+    check_literals(config)
     return cast(Interaction, config.component(config, layout))
 
 

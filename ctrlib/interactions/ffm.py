@@ -31,6 +31,7 @@ class FFM(Interaction):
         super().__init__()
         self.axes = {"pair": (pair_names("FFM", layout),)}
         vector_width("FFM", layout, layout.num_fields - 1, "others")
+        self.vectors_read = layout.num_fields - 1
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)
 

@@ -82,7 +82,7 @@ class FinalNet(Interaction):
 
         logit = ½ [w_1ᵀ block_1(gate(x)) + b_1 + w_2ᵀ block_2(x) + b_2]
 
-    The gate, G = Wᵀ x + b over the fields, multiplies every coordinate by a mixture of the same coordinate of all fields; the
+    The gate, G = W x + b over the fields, multiplies every coordinate by a mixture of the same coordinate of all fields; the
     block reads [x, x ⊙ G] (concat) or x + x ⊙ G (sum). It starts as G = 1. Shape: [B, F, D] → [B, 1, 1], field ``"final_net"``.
     """
 

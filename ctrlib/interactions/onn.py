@@ -32,6 +32,7 @@ class ONN(Interaction):
         super().__init__()
         names = pair_names("ONN", layout)
         self.width = vector_width("ONN", layout, layout.num_fields, "fields")
+        self.vectors_read = layout.num_fields
         self.products = FieldAwareProducts(layout.num_fields)
         self.axes = {"product": (names,)}
         self.out = FieldLayout(("onn",), layout.num_fields * self.width + len(names))

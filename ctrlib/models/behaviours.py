@@ -120,6 +120,8 @@ def choose_histories(
             f"{model} reads a history of behaviours, but {there}; declare one in the schema (histories, of ordered sequence "
             "fields) and prepare the data again, or choose another model"
         )
+    if wanted is not None and not wanted:
+        raise ConfigError(f"{model}.histories is empty; name those that it is to read, or None for all")
     for name in wanted or ():
         if name not in by_name:
             raise ConfigError(f"{model} is to read history {name!r}, which the data lacks{suggest(name, by_name)}")

@@ -67,6 +67,8 @@ class CatGCN(ModelComponent):
                     f"CatGCN.interaction.output_dim is {self.interaction.output_dim}; leave it None: it is given by the classes"
                 )
 
+    reads_classes = True
+
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
         self.config = config

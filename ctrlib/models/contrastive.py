@@ -306,8 +306,6 @@ class Contrasted(ModelComponent):
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
         self.config = config
-        if layout.classes:
-            raise ConfigError("the rows are nodes of a graph, of which views of fields tell nothing; expected rows of clicks")
         self.model = build_model(replace(config.model, embedding=config.embedding, weight_init=config.weight_init), layout)
         self.known = KnownIds(config.id_fields, config.id_dropout, layout)
         self.contrasts = _contrasts(config.contrast, config.views_of, config.id_fields, self.embedding.out.names, layout)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch, Output
-from ctrlib.config import Component, ConfigError
+from ctrlib.config import Component, ConfigError, check_literals
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.interactions.base import Axes, Interaction, build, evaluating
 from ctrlib.interactions.linear import FirstOrder
@@ -32,6 +32,7 @@ class ModelComponent(Component, nn.Module):
         embedding: FeatureEmbedding.Config = field(default_factory=FeatureEmbedding.Config)
         weight_init: WeightInit = "torch"
 
+    reads_classes: ClassVar[bool] = False  # whether it is a model of nodes
     embedding: FeatureEmbedding
     interaction: Interaction
 
@@ -50,7 +51,17 @@ class ModelComponent(Component, nn.Module):
 
 
 def build_model(config: ModelComponent.Config, layout: BatchLayout) -> ModelComponent:
-    """The model that ``config`` describes, for batches of this layout."""
+    """The model that ``config`` describes, for batches of this layout.
+
+    Raises:
+        ConfigError: an option has a value that cannot be, or does not go with the layout.
+    """
+    check_literals(config)
+    if layout.classes and not config.component.reads_classes:
+        raise ConfigError(
+            f"{config.component.__name__} predicts labels of 0 and 1, and the rows are nodes of a graph with the classes "
+            f"{', '.join(layout.classes[:5])}; expected a model of nodes (catgcn)"
+        )
     return cast(ModelComponent, config.component(config, layout))
 
 

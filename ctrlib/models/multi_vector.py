@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ctrlib.config import positive
+from ctrlib.config import ConfigError, positive
+from ctrlib.interactions.base import Interaction
 from ctrlib.models.ctr import CTRModel
 from ctrlib.schema import BatchLayout
 
@@ -37,3 +38,9 @@ class MultiVectorModel(CTRModel):
         widened = replace(config.embedding, dim=count * config.embedding.dim)
         super().__init__(replace(config, embedding=widened), layout)
         self.config = config
+        read = {m.vectors_read for m in self.interaction.modules() if isinstance(m, Interaction) and m.vectors_read}
+        if read and read != {count}:
+            raise ConfigError(
+                f"vectors is {config.vectors!r}, {count} per value here, but the interaction reads "
+                f"{' and '.join(map(str, sorted(read)))}; set vectors to that, or use a CTRModel where it is 1"
+            )

@@ -344,7 +344,7 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"views_of names 'itm', which the model does not read; did you mean 'item'"):
         make(contrastive(preset("final_mlp"), encoder=ENCODER, views_of=(("itm",),)))
     nodes = BatchLayout(sequences=(SequenceColumn("words", 9, "words"),), labels=("kind",), classes=("a", "b"))
-    with pytest.raises(ConfigError, match="the rows are nodes of a graph"):
+    with pytest.raises(ConfigError, match="the rows are nodes of a graph with the classes"):
         make(contrastive(CatGCN.Config(), encoder=ENCODER), nodes)
 
 

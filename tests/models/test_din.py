@@ -136,6 +136,8 @@ def test_refusals() -> None:
         din(replace(LAYOUT, histories=()))
     with pytest.raises(ConfigError, match="history 'histori', which the data lacks; did you mean 'history'"):
         din(histories=("histori",))
+    with pytest.raises(ConfigError, match="histories is empty; name those that it is to read, or None for all"):
+        din(histories=())
     lonely = replace(LAYOUT, histories=(replace(HISTORY, targets=(None, None, None)),))
     with pytest.raises(ConfigError, match=r"none of its fields \(hist_item, hist_category, hist_gap\) shares a vocabulary"):
         din(lonely)

@@ -11,7 +11,11 @@ import torch
 from ctrlib.batch import embedding_parameters
 from ctrlib.config import ConfigError
 from ctrlib.embedding import FeatureEmbedding
+from ctrlib.interactions.base import Interaction
+from ctrlib.interactions.compose import Stack
 from ctrlib.interactions.fgcnn import FGCNN
+from ctrlib.interactions.field_weighted import FwFM
+from ctrlib.interactions.hofm import HOFM
 from ctrlib.interactions.mlp import MLP
 from ctrlib.models.ctr import CTRModel, Head, build_model
 from ctrlib.models.multi_vector import MultiVectorModel
@@ -69,6 +73,22 @@ def test_fgcnn_generates_from_the_second_vectors_and_classifies_the_first() -> N
     assert (after[:, 7:] != before[:, 7:]).any()
     table.data[:, :4] += 0.5
     assert torch.equal(block(m.embedding(rows(5)))[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize(
+    ("interaction", "reads"),
+    [
+        (HOFM.Config(order=5), 4),
+        (HOFM.Config(order=3, share_embedding=True), 1),
+        (FwFM.Config(linear="value"), 2),
+        (FGCNN.Config(share_embedding=True), 1),
+        (Stack.Config(blocks=(FGCNN.Config(share_embedding=False), MLP.Config(hidden_units=(4,)))), 2),
+    ],
+    ids=str,
+)
+def test_blocks_that_read_another_number_of_vectors(interaction: Interaction.Config, reads: int) -> None:
+    with pytest.raises(ConfigError, match=f"vectors is 12, 12 per value here, but the interaction reads {reads}; set vectors"):
+        model(vectors=12, interaction=interaction)
 
 
 def test_errors() -> None:
