@@ -70,6 +70,7 @@ class Sequences:
         folder: of the experiment: ``results/`` and README.md.
         script_options: of the script, beside the folders.
         valid_every: of so many validation sessions one is used.
+        reading: what people read from the tables, once they are whole.
     """
 
     module: str
@@ -80,6 +81,7 @@ class Sequences:
     folder: Path
     script_options: tuple[str, ...] = ()
     valid_every: int = 1
+    reading: str = ""
 
     def settings(self, name: str, options: argparse.Namespace) -> dict[str, Any]:
         """What decides a result, besides the seed."""
@@ -123,6 +125,8 @@ class Sequences:
                 text += f"\n## {metric} by the length of the history\n\nMeans over seeds.\n\n{history_table(means, metric)}"
         if MAIN in done:
             text += _comparison(done)
+        if self.reading and len(done) == len(MODELS):
+            text += f"\n## What it says\n\n{self.reading}"
         tuning = (folder or self.folder) / TUNING
         if tuning.is_file():
             text += _TUNING + _tuning_table(json.loads(tuning.read_text(encoding="utf-8")), runs)

@@ -70,6 +70,7 @@ class AutoFIS(Interaction):
         if config.alpha is not None:
             start_P = torch.tensor(config.alpha)
         self.alpha_P = nn.Parameter(start_P, requires_grad=config.learn_alpha)
+        # NOTE[DIFF] TensorFlow's default ε in the authors' code is 1e-3, torch's 1e-5, with which small products start larger
         self.norm = nn.BatchNorm1d(len(chosen), affine=False) if config.norm == "batch" else None
         self.out = FieldLayout(("auto_fis",), 1)
         self.axes = {"pair": (self.names,)}

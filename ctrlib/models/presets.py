@@ -507,6 +507,7 @@ def afn(flavour: Flavour = "paper") -> CTRModel.Config:
 
     The 600 neurons are those of the authors' code for Frappe; the paper tunes them per data set.
     """
+    # NOTE[DIFF] in the authors' code the batch norm of the MLP stands after the ReLU
     mlp = _mlp(flavour, MLP.Config(hidden_units=(400, 400, 400), norm="batch"))
     return _ctr(flavour, Stack.Config(blocks=(_AFN[flavour], mlp)), head=Head.Config(), dim=10)
 
