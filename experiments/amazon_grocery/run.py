@@ -18,7 +18,8 @@ interaction of every user is for test, the one before for validation ([the scrip
     script="amazon_grocery.py",
     raw="amazon-grocery",
     folder=Path(__file__).resolve().parent,
-    reading="""* AW-MoE is above DIN and MoE, for histories of all lengths from two on (of one behaviour, not by NDCG@10 to MoE). The
+    reading="""\
+* AW-MoE is above DIN and MoE, for histories of all lengths from two on (of one behaviour, not by NDCG@10 to MoE). The
   weighted experts do that: without the contrastive loss (*aw_moe_plain*) it is the same.
 * To DIN the gain is larger for short histories than for all, as asked. To MoE it is smaller: it grows with the history, since
   the gate is a sum over behaviours, and MoE reads their mean.
