@@ -38,7 +38,8 @@ class AdaptiveFusion(Interaction):
     what α leaves open. A modality of one field has no gate.
 
     A field whose token is a zero vector (padding, an id that was dropped, an empty sequence) is absent. A modality without a
-    present field has α = 0 and takes no part, so what stands in its place cannot move the others.
+    present field has α = 0 and takes no part, so what stands in its place cannot move the others. The token of a number that
+    is 0 is a zero vector too: name numbers in ``never_absent``.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,7 @@ class AdaptiveFusion(Interaction):
             dim: k; ``None``: the width of the input.
             hidden_dim: n, of the network of the weights, and of that of the gates.
             field_gates: gate the fields within their modalities; otherwise γ = 1.
+            never_absent: fields that are there in every row, such as numbers, whose zero is a value.
             output: ``sum``: z; ``modalities``: the weighted modalities side by side.
         """
 
@@ -56,6 +58,7 @@ class AdaptiveFusion(Interaction):
         dim: int | None = None
         hidden_dim: int = 32
         field_gates: bool = True
+        never_absent: tuple[str, ...] = ()
         output: FusionOutput = "sum"
 
         def __post_init__(self) -> None:
@@ -77,18 +80,19 @@ class AdaptiveFusion(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         owner = {name: modality for modality, names in config.modalities.items() for name in names}
-        for name in owner:
-            if name not in layout.names:
-                raise ConfigError(
-                    f"AdaptiveFusion.modalities names field {name!r}, which the block does not read"
-                    f"{suggest(name, layout.names)}"
-                )
+        for option, named in (("modalities", tuple(owner)), ("never_absent", config.never_absent)):
+            for name in named:
+                if name not in layout.names:
+                    near = suggest(name, layout.names)
+                    raise ConfigError(f"AdaptiveFusion.{option} names field {name!r}, which the block does not read{near}")
         names = list(dict.fromkeys(owner.get(name, name) for name in layout.names))
         of_F = [names.index(owner.get(name, name)) for name in layout.names]
         width, count = config.dim or layout.dim, len(names)
         self.count, self.output = count, config.output
         self.of: Tensor
         self.register_buffer("of", torch.tensor(of_F, dtype=torch.int64), persistent=False)
+        self.always: Tensor
+        self.register_buffer("always", torch.tensor([n in config.never_absent for n in layout.names]), persistent=False)
         sizes_F1 = torch.bincount(self.of, minlength=count)[self.of].view(-1, 1, 1)
         # as nn.Linear starts: every modality reads its fields side by side
         self.weight_FDK = nn.Parameter(
@@ -113,7 +117,7 @@ class AdaptiveFusion(Interaction):
         assert self.gates is not None
         stats_BF2 = torch.stack([x_BFD.mean(-1), (x_BFD.square().mean(-1) + 1e-12).sqrt()], dim=-1)
         open_BF = cast(Tensor, self.gates(stats_BF2.flatten(1))).sigmoid()
-        present_BF = (x_BFD != 0).any(-1).to(open_BF.dtype)
+        present_BF = ((x_BFD != 0).any(-1) | self.always).to(open_BF.dtype)
         open_BF = open_BF * present_BF
         zero_BA = open_BF.new_zeros(open_BF.shape[0], self.count)
         mean_BA = zero_BA.index_add(1, self.of, open_BF) / zero_BA.index_add(1, self.of, present_BF).clamp(min=1)
@@ -124,7 +128,7 @@ class AdaptiveFusion(Interaction):
         y_BFK = torch.einsum("bfd,fdk->bfk", x_BFD, self.weight_FDK)
         if self.gates is not None:
             y_BFK = y_BFK * self.gate(x_BFD).unsqueeze(-1)
-        present_BF = (x_BFD != 0).any(-1).to(y_BFK.dtype)
+        present_BF = ((x_BFD != 0).any(-1) | self.always).to(y_BFK.dtype)
         zero_BA = y_BFK.new_zeros(y_BFK.shape[0], self.count)
         present_BA = zero_BA.index_add(1, self.of, present_BF) > 0
         h_BAK = self.bias_AK.to(y_BFK.dtype).expand(y_BFK.shape[0], -1, -1).index_add(1, self.of, y_BFK)

@@ -51,8 +51,9 @@ class Hiformer(Interaction):
         Attributes:
             attention: see the table at the top.
             composite: which of q, k and v are composite when ``attention`` is.
-            rank_key: rank of composite keys (and queries); ``None`` for full matrices.
-            rank_value: rank of composite values.
+            rank_key: rank of composite keys (and queries); ``None`` for full matrices. A rank r saves something only where
+                r·(L·d + L·H·d_k) < L·d · L·H·d_k: of few tokens full matrices are smaller.
+            rank_value: rank of composite values, of which the same holds with d_v.
             share_factors: all heads share one factorisation, as the paper's parameter counts say; else one per head.
             num_layers: attention layers.
             prune_last: the last layer returns the task tokens only, and has queries, O and FFN for no other. Same numbers.
@@ -140,8 +141,8 @@ class Hiformer(Interaction):
 
     def strengths(self) -> dict[str, Tensor]:
         """Frobenius norms of weights, the same for all rows. ``"pair/0"``, ... [H, Q, L]: ‖Q_i K_jᵀ‖, how strongly token j can
-        draw the attention of i, of plain queries and keys; ``"key/0"``, ``"value/0"``, ... [H, L, L]: how much of token i (row)
-        is in composite j."""
+        draw the attention of i, of plain queries and keys ([H, 1, 1] where all tokens share them); ``"key/0"``, ``"value/0"``,
+        ... [H, L, L]: how much of token i (row) is in composite j."""
         shown: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             shown |= {f"{name}/{i}": value for name, value in cast(HiformerLayer, layer).strengths().items()}

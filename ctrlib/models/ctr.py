@@ -26,7 +26,8 @@ class ModelComponent(Component, nn.Module):
         """
         Args:
             embedding: the shared feature embedding.
-            weight_init: of every linear layer; biases then start at 0. ``torch`` leaves the framework's own.
+            weight_init: of every ``nn.Linear`` and of experts; biases then start at 0. ``torch`` leaves the framework's own.
+                Other weights, such as those of layers that each token has for itself, start as their block says.
         """
 
         embedding: FeatureEmbedding.Config = field(default_factory=FeatureEmbedding.Config)

@@ -135,8 +135,8 @@ async def _plain_error(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail, "errors": []}, error.status_code, error.headers)
 
 
-async def _body(engine: Engine, request: Request) -> Mapping[str, Any]:
-    """The JSON object of a request."""
+async def _body(engine: Engine, request: Request) -> tuple[Mapping[str, Any], int]:
+    """The JSON object of a request, and its bytes."""
     limit = engine.limits.body_bytes
     parts, size = [], 0
     async for part in request.stream():
@@ -154,7 +154,7 @@ async def _body(engine: Engine, request: Request) -> Mapping[str, Any]:
         raise _RefusedError(400, f"the body is not JSON ({error!s:.200})") from error
     if not isinstance(data, dict):
         raise _RefusedError(422, f"the body is a {type(data).__name__}; expected an object with context and candidates")
-    return data
+    return data, size
 
 
 def _no_constant(name: str) -> float:
@@ -162,7 +162,7 @@ def _no_constant(name: str) -> float:
 
 
 async def _scored(engine: Engine, request: Request, at: str) -> tuple[Mapping[str, Any], Serving, Any]:
-    body = await _body(engine, request)
+    body, size = await _body(engine, request)
     unknown = islice((key for key in body if key not in _KEYS[at]), _REPORTED)
     errors = [{"field": key[:80], "message": f"unknown key {key!r:.80}{suggest(key[:80], _KEYS[at])}"} for key in unknown]
     context, candidates = body.get("context"), body.get("candidates")
@@ -183,7 +183,7 @@ async def _scored(engine: Engine, request: Request, at: str) -> tuple[Mapping[st
     assert isinstance(context, dict)
     assert isinstance(candidates, list)
     try:
-        serving, probability = await engine.score(context, candidates)
+        serving, probability = await engine.score(context, candidates, size)
     except RequestError as error:
         found = [{"field": p.field, "message": p.message} for p in error.problems]
         raise _RefusedError(422, "the request is not valid", found) from error

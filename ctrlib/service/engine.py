@@ -29,7 +29,7 @@ class Limits:
     Args:
         body_bytes: of a request.
         candidates: of a request.
-        waiting: requests that wait for the model; more are answered 503.
+        waiting: requests that wait for the model; more are answered 503. ``waiting_bytes``: of their bodies together, likewise.
         batch_requests: requests that go through the model together, at most.
         batch_rows: candidates of a request that may; larger ones go alone, where the context is computed once.
         seconds: until a request is answered 503 because the model did not come to it.
@@ -38,12 +38,13 @@ class Limits:
     body_bytes: int = 4 << 20
     candidates: int = 10_000
     waiting: int = 1_000
+    waiting_bytes: int = 256 << 20
     batch_requests: int = 32
     batch_rows: int = 32
     seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "candidates", "waiting", "batch_requests", "batch_rows", "seconds"):
+        for name in ("body_bytes", "candidates", "waiting", "waiting_bytes", "batch_requests", "batch_rows", "seconds"):
             positive(name, getattr(self, name))
 
 
@@ -94,6 +95,7 @@ class Engine:
         self.metrics = Metrics()
         self.serving = self._load(hoisting=False)  # at once; the graph takes seconds to make, and comes when it is there
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._held = 0  # bytes of bodies
         self._pool = ThreadPoolExecutor(1, "ctrlib-model")
         self._loader = ThreadPoolExecutor(1, "ctrlib-load")
         self._task: asyncio.Task[None] | None = None
@@ -120,8 +122,10 @@ class Engine:
         self._pool.shutdown()
         self._loader.shutdown()
 
-    async def score(self, context: Mapping[str, object], candidates: Sequence[Mapping[str, object]]) -> tuple[Serving, Floats]:
-        """Probabilities, and the model that gave them.
+    async def score(
+        self, context: Mapping[str, object], candidates: Sequence[Mapping[str, object]], size: int = 0
+    ) -> tuple[Serving, Floats]:
+        """Probabilities, and the model that gave them. ``size``: bytes of the request, where they are known.
 
         Raises:
             RequestError: a field is absent, or a value cannot be what its field says.
@@ -129,12 +133,17 @@ class Engine:
         """
         if self.waiting >= self.limits.waiting:
             raise BusyError(f"{self.limits.waiting} requests are waiting; try again later")
+        if self._held + size > self.limits.waiting_bytes:
+            raise BusyError(f"requests of {self._held:,} bytes are waiting; try again later")
         answer: asyncio.Future[tuple[Serving, Floats]] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(context, candidates, answer))
+        self._held += size
         try:
             return await asyncio.wait_for(answer, self.limits.seconds)
         except TimeoutError as error:
             raise BusyError(f"no answer within {self.limits.seconds:g} s; try again later") from error
+        finally:
+            self._held -= size
 
     async def reload(self) -> str:
         """Load the artifact again, check it, and serve it from the next batch on. Requests go on meanwhile.

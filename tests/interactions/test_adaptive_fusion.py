@@ -111,6 +111,19 @@ def test_masking_a_field_leaves_the_weight_of_an_absent_modality_alone() -> None
         assert not after[before == 0].any()
 
 
+def test_a_number_that_is_zero_is_there_if_it_is_said_to_be() -> None:
+    """Its weight goes on through 0, where that of another field would drop to 0."""
+    name = LAYOUT.names[3]
+    x_BFD = randn(1, 4, 5)
+    near, at = x_BFD.clone(), x_BFD.clone()
+    near[:, 3] *= 1e-9
+    at[:, 3] = 0
+    for options, jumps in (({"never_absent": (name,)}, False), ({}, True)):
+        block = fusion(modalities={}, **options)
+        apart = (block.modalities(near)[1] - block.modalities(at)[1]).abs().max()
+        assert bool(apart > 1e-3) == jumps
+
+
 def test_gradients_are_finite_where_nothing_is_present() -> None:
     block, x_BFD = fusion(), rows().requires_grad_()
     block(x_BFD).square().sum().backward()  # type: ignore[no-untyped-call]
@@ -154,6 +167,8 @@ def test_config_errors() -> None:
         AdaptiveFusion.Config(modalities={"a": ("age",), "b": ("age",)})
     with pytest.raises(ConfigError, match=r"names field 'itme', which the block does not read; did you mean 'item'"):
         AdaptiveFusion(AdaptiveFusion.Config(modalities={"content": ("itme",)}), LAYOUT)
+    with pytest.raises(ConfigError, match=r"never_absent names field 'aeg', which the block does not read; did you mean 'age'"):
+        AdaptiveFusion(AdaptiveFusion.Config(never_absent=("aeg",)), LAYOUT)
     with pytest.raises(ConfigError, match=r"AdaptiveFusion\.dim is 0"):
         AdaptiveFusion.Config(dim=0)
     with pytest.raises(ConfigError, match=r"AdaptiveFusion\.output is 'fields'"):

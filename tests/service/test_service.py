@@ -302,6 +302,20 @@ def test_too_many_waiting_are_told_so(folder: Path) -> None:
     assert sum(isinstance(a, engine_module.BusyError) for a in answers) == 4
 
 
+def test_too_many_bytes_waiting_are_told_so(folder: Path) -> None:
+    async def run() -> list[Any]:
+        engine = Engine(folder / "first", Limits(waiting_bytes=100, seconds=30))
+        engine.start()
+        calls = [engine.score(*request, 40) for request in requests(6, 2)]
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        later = await engine.score(*requests(1, 2)[0], 100)  # none is held any more
+        await engine.stop()
+        return [*found, later]
+
+    answers = asyncio.run(run())
+    assert [isinstance(a, engine_module.BusyError) for a in answers] == [False, False, True, True, True, True, False]
+
+
 def test_a_swap_drops_and_mixes_nothing(folder: Path) -> None:
     """Requests without a pause, while the model changes: each answer is that of the model that it names."""
     place = folder / "swapped"
