@@ -41,11 +41,12 @@ def test_the_page_says_what_came_out() -> None:
 def test_every_model_is_tuned_alike() -> None:
     common = ("learning_rate", "l2", "dropout")
     for name in twitch.ORDER:
-        tried = twitch.trials(name)
-        assert len(tried) == twitch.TRIALS
-        assert tried == twitch.trials(name)
+        tried = twitch.trials(name, "DE")
+        assert len(tried) == twitch.TRIALS["DE"]
+        assert tried == twitch.trials(name, "ENGB")[: len(tried)]
+        assert tried == twitch.trials(name, "DE")
         inside = {"probe", "balance", "hidden"} if name in twitch.CATGCN else set()
-        assert tried[0].keys() == twitch.trials("gcn")[0].keys() | inside
+        assert tried[0].keys() == twitch.trials("gcn", "DE")[0].keys() | inside
         assert all(setting not in tried[:i] for i, setting in enumerate(tried))
         assert all(len({setting[key] for setting in tried}) > 1 for key in common)
 
@@ -55,10 +56,10 @@ def test_every_model_trains(name: str) -> None:
     if name in twitch.BASELINES:
         pytest.importorskip("torch_geometric", exc_type=ImportError)
     graph = graphs.graph()
-    found = twitch.run(name, twitch.trials(name)[0], graph, 0, OPTIONS, test=True)
+    found = twitch.run(name, twitch.trials(name, "DE")[0], graph, 0, OPTIONS, test=True)
     assert found["epochs"] <= 3
     assert {"accuracy", "macro_f1", "auc"} <= found["test"].keys()
-    assert "test" not in twitch.run(name, twitch.trials(name)[0], graph, 0, OPTIONS, test=False)
+    assert "test" not in twitch.run(name, twitch.trials(name, "DE")[0], graph, 0, OPTIONS, test=False)
 
 
 def test_baselines_see_the_edges_as_the_matrix_has_them() -> None:
@@ -87,14 +88,14 @@ def test_tuning_goes_on_and_takes_the_best_by_validation(tmp_path: Path, monkeyp
     monkeypatch.setattr(twitch, "read", lambda country, seed: None)
     options = argparse.Namespace(epochs=3, patience=2, out=tmp_path)
     best = twitch.tuned("DE", "gcn", options)
-    assert best == twitch.trials("gcn")[3]
+    assert best == twitch.trials("gcn", "DE")[3]
     assert twitch.tuned("DE", "gcn", options) == best
-    assert len(calls) == twitch.TRIALS
+    assert len(calls) == twitch.TRIALS["DE"]
     path = tmp_path / "DE-gcn-tuning.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(data | {"trials": data["trials"][:-2]}), encoding="utf-8")
     twitch.tuned("DE", "gcn", options)
-    assert len(calls) == twitch.TRIALS + 2
+    assert len(calls) == twitch.TRIALS["DE"] + 2
     with pytest.raises(ConfigError, match="tuned in another way"):
         twitch.tuned("DE", "gcn", argparse.Namespace(epochs=4, patience=2, out=tmp_path))
 
