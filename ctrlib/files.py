@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ctrlib.schema import DataError
 _log = logging.getLogger("ctrlib")
 WRITER = "writer.pid"  # in an unfinished folder: the process at work on it
 KEPT = "best.safetensors"
+_SILENT = 1800.0  # seconds without a change after which a writer on another machine counts as gone
 
 
 def sealed(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +93,8 @@ def _clear(part: Path) -> None:
         name, host = part.name.removesuffix(".part"), writer.split()[1:2]
         if host and host[0] != socket.gethostname():
             raise DataError(
-                f"{name}: a process of the machine {host[0]} writes it, or did; choose another folder, wait, or remove {part} "
-                "if that process is gone"
+                f"{name}: a process of the machine {host[0]} writes it, or did until a while ago; choose another folder, wait, "
+                f"or remove {part} if that process is gone"
             )
         raise DataError(f"{name}: another process is writing it; choose another folder, or wait")
     if kept:
@@ -119,8 +121,9 @@ def _writer(part: Path) -> str | None:
     process, host, began = (*text.split(), "", "", "")[:3]
     if not process.isdecimal():
         return None
-    if host and host != socket.gethostname():
-        return text
+    if host and host != socket.gethostname():  # of which only its silence tells
+        last = max(path.stat().st_mtime for path in (part, *part.rglob("*")) if path.exists())
+        return text if time.time() - last < _SILENT else None
     if not process_alive(int(process)):
         return None
     now = process_began(int(process))

@@ -20,7 +20,7 @@ from ctrlib.config import ConfigError
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.store import Store
 from ctrlib.experiment import DataOptions, RunConfig, configure, evaluate_run, prepare, run_experiment, train
-from ctrlib.files import finite, new_folder, process_began
+from ctrlib.files import check_new_folder, finite, new_folder, process_began
 from ctrlib.ranking_metrics import by_history_length, history_segments
 from ctrlib.schema import DataError, Schema, SparseField
 from ctrlib.training import FitResult, TrainingDivergedError, predict
@@ -647,6 +647,19 @@ def test_a_process_of_the_same_number_that_began_earlier_is_gone(tmp_path: Path)
     with new_folder(tmp_path / "run"):
         assert (part / "writer.pid").read_text() == f"{os.getpid()} {socket.gethostname()} {process_began(os.getpid())}"
     assert (tmp_path / "run").is_dir()
+
+
+def test_a_process_of_another_machine_that_is_silent_for_long_is_gone(tmp_path: Path) -> None:
+    """As in a container that took the place of one that was killed."""
+    part = tmp_path / "run.part"
+    part.mkdir()
+    (part / "writer.pid").write_text("1 elsewhere 17")
+    with pytest.raises(DataError, match="a process of the machine elsewhere writes it"):
+        check_new_folder(tmp_path / "run")
+    for path in (part / "writer.pid", part):
+        os.utime(path, (0, 0))
+    check_new_folder(tmp_path / "run")
+    assert not part.exists()
 
 
 def test_an_error_of_reading_is_not_one_of_writing(tmp_path: Path) -> None:
