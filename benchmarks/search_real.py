@@ -112,7 +112,7 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
 
 def _one(folder: Path, seconds: float, method: Method, seed: int) -> dict[str, Any]:
     out = folder / method / f"seed-{seed}"
-    if not (out / "report.json").is_file():
+    if not (out / "cpu.json").is_file():
         config = SearchConfig(method=method, budget=seconds, seed=seed)
         began = time.process_time()
         search(Store.open(folder / "store"), out, config=config, resume=out.exists())

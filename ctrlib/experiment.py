@@ -43,7 +43,7 @@ from ctrlib.config import ConfigError, check_choice, check_not_negative, check_s
 from ctrlib.data.encoder import Encoder, as_lists
 from ctrlib.data.loader import EVALUATION_ROWS, Loader, StreamLoader
 from ctrlib.data.memory import half_of_free_mb
-from ctrlib.data.source import Source, open_source
+from ctrlib.data.source import Source, decoded, open_source
 from ctrlib.data.split import SplitBy, split_rows
 from ctrlib.data.store import Store
 from ctrlib.data.synthetic import write_splits
@@ -453,7 +453,7 @@ def _load_pretrained(model: ModelComponent, encoder: Encoder, name: str, file: s
     if len(widths) != 1:
         raise DataError(f"{file}: the vectors are {', '.join(map(str, sorted(widths)))} wide; expected one width, no nulls")
     values = table.column("value")
-    values = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+    values = decoded(values)
     model.embedding.load_pretrained(name, encoder.ids(name, values.to_pylist()), np.array(rows, dtype=np.float32))
 
 
@@ -693,9 +693,7 @@ def _row_of(table: Source, by: str, row: int) -> str:
 
 def _segments(table: Source, by: str) -> list[object]:
     """The segment of every row: the value itself, or the decile of a number with many values; missing is ``None``."""
-    values = table.column(by)
-    if isinstance(values, pa.DictionaryArray):
-        values = values.dictionary_decode()
+    values = decoded(table.column(by))
     if pa.types.is_nested(values.type):
         raise DataError(f"column {by!r} of {table.name} holds {values.type}; segments need one value a row")
     raw: list[Any] = [None if v != v else v for v in values.to_pylist()]  # NaN is missing too

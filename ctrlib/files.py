@@ -105,8 +105,7 @@ def _clear(part: Path) -> None:
 
 
 def _me() -> str:
-    """Number, machine and beginning of this process. In a container that was started again a new process has the number of the
-    old one, and on a disk that machines share numbers mean nothing to others."""
+    """Number, machine and beginning of this process: on a disk that machines share, numbers mean nothing to others."""
     return f"{os.getpid()} {socket.gethostname()} {process_began(os.getpid()) or ''}".strip()
 
 
@@ -124,10 +123,7 @@ def _writer(part: Path) -> str | None:
     if host and host != socket.gethostname():  # of which only its silence tells
         last = max(path.stat().st_mtime for path in (part, *part.rglob("*")) if path.exists())
         return text if time.time() - last < _SILENT else None
-    if not process_alive(int(process)):
-        return None
-    now = process_began(int(process))
-    return None if began and now is not None and began != now else text
+    return text if process_runs(int(process), began or None) else None
 
 
 def process_began(process: int) -> str | None:
@@ -139,15 +135,17 @@ def process_began(process: int) -> str | None:
     return text.rpartition(")")[2].split()[19]  # field 22; the second one, a name in brackets, may hold spaces
 
 
-def process_alive(process: int) -> bool:
-    """Whether a process of this machine runs."""
+def process_runs(process: int, began: str | None = None) -> bool:
+    """Whether a process of this machine runs: the one that began then, see :func:`process_began`, where both are known. In a
+    container that was started again a new process has the number of the old."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         pass
-    return True
+    now = process_began(process)
+    return began is None or now is None or began == now
 
 
 def write_json(path: Path, data: object) -> None:

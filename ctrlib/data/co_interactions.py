@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrlib.data.adjacency import Nodes
-from ctrlib.data.source import Source, open_source
+from ctrlib.data.source import Source, decoded, open_source
 from ctrlib.schema import DataError
 
 _log = logging.getLogger("ctrlib")
@@ -110,7 +110,7 @@ def _counted(table: Source, options: CoInteractionOptions) -> Any:
     counted = pa.array(np.ones(table.num_rows, dtype=np.bool_))
     if options.split is not None:
         table.require([options.split], ", which says which rows are for training")
-        says = _plain(table.column(options.split))
+        says = decoded(table.column(options.split))
         if not (pa.types.is_string(says.type) or pa.types.is_large_string(says.type)):
             raise DataError(
                 f"column {options.split!r} of {table.name} holds {says.type}; expected text, 'train' in the rows that count"
@@ -136,12 +136,8 @@ def _counted(table: Source, options: CoInteractionOptions) -> Any:
     return counted
 
 
-def _plain(values: Any) -> Any:
-    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
-
-
 def _values(table: Source, column: str) -> Any:
-    values = _plain(table.column(column))
+    values = decoded(table.column(column))
     if pa.types.is_nested(values.type):
         raise DataError(f"column {column!r} of {table.name} holds {values.type}; expected one value an interaction")
     gone = pc.is_null(values, nan_is_null=True).to_numpy(zero_copy_only=False)

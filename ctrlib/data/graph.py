@@ -22,7 +22,7 @@ from ctrlib.batch import Batch, Edges
 from ctrlib.config import check_seed
 from ctrlib.data.adjacency import Adjacency, Nodes
 from ctrlib.data.encoder import Encoder
-from ctrlib.data.source import Source, open_source
+from ctrlib.data.source import Source, decoded, open_source
 from ctrlib.schema import DataError, Schema, SequenceField
 
 _log = logging.getLogger("ctrlib")
@@ -175,7 +175,7 @@ def node_ids(table: Source, column: str) -> Any:
     Raises:
         DataError: there is none, one is missing, one is there twice, or they are no single values.
     """
-    ids = _plain(table.column(column))
+    ids = decoded(table.column(column))
     if pa.types.is_nested(ids.type) or pa.types.is_floating(ids.type):
         raise DataError(
             f"column {column!r} of {table.name} holds {ids.type}; expected one id a node, such as a whole number or text"
@@ -201,7 +201,7 @@ def edge_ends(lines: Source, column: str, ids: Any, nodes: str) -> Nodes:
     Raises:
         DataError: an end is missing, or is no node.
     """
-    ends = _plain(lines.column(column))
+    ends = decoded(lines.column(column))
     try:
         found = places(ends, ids)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -239,7 +239,7 @@ def encode_nodes(encoder: Encoder, table: Source, ids: Any) -> Batch:
     batch = encoder.transform(table)
     counts = np.zeros(len(ids), dtype=np.int64)
     for column in encoder.layout.sparse:
-        gone = [pc.is_null(_plain(table.column(name)), nan_is_null=True) for name in column.parts or (column.name,)]
+        gone = [pc.is_null(decoded(table.column(name)), nan_is_null=True) for name in column.parts or (column.name,)]
         counts += ~np.any([one.to_numpy(zero_copy_only=False) for one in gone], axis=0)
     for ragged in batch.sequences.values():
         flat = ragged.flat
@@ -253,10 +253,6 @@ def encode_nodes(encoder: Encoder, table: Source, ids: Any) -> Batch:
             "have none); give it one, such as a value that says 'none', or remove the node"
         )
     return batch
-
-
-def _plain(values: Any) -> Any:
-    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
 
 
 def _schema(table: Source, options: GraphOptions, classes: tuple[str, ...]) -> Schema:
@@ -291,7 +287,7 @@ def _is_list(kind: Any) -> bool:
 
 def _classes(table: Source, options: GraphOptions) -> tuple[Nodes, tuple[str, ...]]:
     """Numbers of classes, −1 where there is none, and their names in order of value."""
-    values = _plain(table.column(options.label))
+    values = decoded(table.column(options.label))
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         values = pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
     if values.null_count == len(values):
@@ -315,7 +311,7 @@ def _classes(table: Source, options: GraphOptions) -> tuple[Nodes, tuple[str, ..
 def _split(table: Source, labels: Nodes, options: GraphOptions) -> npt.NDArray[np.uint8]:
     split = np.full(len(labels), _NO_SPLIT, dtype=np.uint8)
     if options.split is not None:
-        says = _plain(table.column(options.split))
+        says = decoded(table.column(options.split))
         if not (pa.types.is_string(says.type) or pa.types.is_large_string(says.type)):
             raise DataError(f"column {options.split!r} of {table.name} holds {says.type}; expected text: {', '.join(SPLITS)}")
         for code, name in enumerate(SPLITS):

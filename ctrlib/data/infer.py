@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ctrlib.data.encoder import parallel
 from ctrlib.data.numeric import Moments
-from ctrlib.data.source import Source, open_source
+from ctrlib.data.source import Source, decoded, open_source
 from ctrlib.data.vocabulary import ValueCounter, as_keys, key_type
 from ctrlib.schema import DataError, DenseField, Field, Schema, SequenceField, SparseField
 
@@ -118,7 +118,7 @@ def _sequence(name: str, table: Source) -> Field | str:
 def _number(name: str, table: Source) -> Field | str:
     moments, whole, largest, rows = Moments(), True, 0.0, 0
     for array in table.blocks(name):
-        values = array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
+        values = decoded(array)
         x = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         finite = x[np.isfinite(x)]
         moments.update(np.where(np.isfinite(x), x, np.nan))
@@ -144,5 +144,5 @@ def _number(name: str, table: Source) -> Field | str:
 
 
 def _finite(array: Any) -> Any:
-    values = pc.cast(array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array, pa.float64(), safe=False)
+    values = pc.cast(decoded(array), pa.float64(), safe=False)
     return pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))

@@ -260,6 +260,11 @@ def _from_table(table: Any, name: str) -> Source:
     return Source(name, types, [_Part(name, table.num_rows, table=table)], table.num_rows)
 
 
+def decoded(values: Any) -> Any:
+    """The values of a column, whether it is stored as a dictionary or not."""
+    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+
+
 def _plain(kind: Any) -> Any:
     if pa.types.is_string_view(kind):
         return pa.large_string()

@@ -112,12 +112,15 @@ class AdaptiveFusion(Interaction):
         self.out = FieldLayout(("adaptive_fusion",) if config.output == "sum" else tuple(names), width)
         self.axes = {"attention": (tuple(names),)} | ({"gate": (layout.names,)} if self.gates is not None else {})
 
+    def _present(self, x_BFD: Tensor) -> Tensor:
+        return (x_BFD != 0).any(-1) | self.always
+
     def gate(self, x_BFD: Tensor) -> Tensor:
         """[B, F, D] → γ [B, F], 0 where a field is absent."""
         assert self.gates is not None
         stats_BF2 = torch.stack([x_BFD.mean(-1), (x_BFD.square().mean(-1) + 1e-12).sqrt()], dim=-1)
         open_BF = cast(Tensor, self.gates(stats_BF2.flatten(1))).sigmoid()
-        present_BF = ((x_BFD != 0).any(-1) | self.always).to(open_BF.dtype)
+        present_BF = self._present(x_BFD).to(open_BF.dtype)
         open_BF = open_BF * present_BF
         zero_BA = open_BF.new_zeros(open_BF.shape[0], self.count)
         mean_BA = zero_BA.index_add(1, self.of, open_BF) / zero_BA.index_add(1, self.of, present_BF).clamp(min=1)
@@ -128,7 +131,7 @@ class AdaptiveFusion(Interaction):
         y_BFK = torch.einsum("bfd,fdk->bfk", x_BFD, self.weight_FDK)
         if self.gates is not None:
             y_BFK = y_BFK * self.gate(x_BFD).unsqueeze(-1)
-        present_BF = ((x_BFD != 0).any(-1) | self.always).to(y_BFK.dtype)
+        present_BF = self._present(x_BFD).to(y_BFK.dtype)
         zero_BA = y_BFK.new_zeros(y_BFK.shape[0], self.count)
         present_BA = zero_BA.index_add(1, self.of, present_BF) > 0
         h_BAK = self.bias_AK.to(y_BFK.dtype).expand(y_BFK.shape[0], -1, -1).index_add(1, self.of, y_BFK)

@@ -30,8 +30,8 @@ class FFM(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         self.axes = {"pair": (pair_names("FFM", layout),)}
-        vector_width("FFM", layout, layout.num_fields - 1, "others")
         self.vectors_read = layout.num_fields - 1
+        vector_width("FFM", layout, self.vectors_read, "others")
         self.products = FieldAwareProducts(layout.num_fields)
         self.out = FieldLayout(("ffm",), 1)
 

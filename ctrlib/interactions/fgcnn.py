@@ -104,8 +104,8 @@ class FGCNN(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         self.use_raw, self.share_embedding = config.use_raw, config.share_embedding
-        self.dim = layout.dim if config.share_embedding else vector_width("FGCNN", layout, 2, 2)
         self.vectors_read = 1 if config.share_embedding else 2
+        self.dim = vector_width("FGCNN", layout, self.vectors_read, 2)
         order = _positions(config.field_order, layout)
         self.order: Tensor | None
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)

@@ -42,8 +42,8 @@ class FwFM(Interaction):
         super().__init__()
         names = pair_names("FwFM", layout)
         self.two_vectors = config.linear == "value"
-        self.width = vector_width("FwFM with linear='value'", layout, 2, 2) if self.two_vectors else layout.dim
         self.vectors_read = 2 if self.two_vectors else 1
+        self.width = vector_width("FwFM with linear='value'", layout, self.vectors_read, 2)
         self.products = PairProducts(layout.num_fields)
         self.strength = nn.Linear(len(names), 1, bias=config.bias)
         self.linear = nn.Linear(layout.width, 1, bias=False) if config.linear == "field" else None

@@ -47,9 +47,8 @@ class HOFM(Interaction):
             )
         self.orders = range(2, config.order + 1)
         self.share_embedding = config.share_embedding
-        if not config.share_embedding:
-            vector_width("HOFM", layout, len(self.orders), len(self.orders))
         self.vectors_read = 1 if config.share_embedding else len(self.orders)
+        vector_width("HOFM", layout, self.vectors_read, self.vectors_read)
         self.out = FieldLayout(("hofm",), 1)
         self.axes = {f"order/{t}": () for t in self.orders}
 

@@ -31,8 +31,8 @@ class ONN(Interaction):
     def __init__(self, config: Config, layout: FieldLayout) -> None:
         super().__init__()
         names = pair_names("ONN", layout)
-        self.width = vector_width("ONN", layout, layout.num_fields, "fields")
         self.vectors_read = layout.num_fields
+        self.width = vector_width("ONN", layout, self.vectors_read, "fields")
         self.products = FieldAwareProducts(layout.num_fields)
         self.axes = {"product": (names,)}
         self.out = FieldLayout(("onn",), layout.num_fields * self.width + len(names))

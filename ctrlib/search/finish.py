@@ -123,40 +123,34 @@ def trained_again(target: Path, finalists: Sequence[Finalist], study: str, seeds
     """The numbers of those of which an earlier call trained every seed."""
     found = set()
     for finalist in finalists:
-        folder = _held(target / "finish", finalist, study)
-        if folder is not None and len(list(folder.glob("seed-*/metrics.json"))) >= seeds:
+        folder, _ = _place(target / "finish", finalist, study)
+        if len(list(folder.glob("seed-*/metrics.json"))) >= seeds:
             found.add(finalist.number)
     return found
 
 
-def _held(parent: Path, finalist: Finalist, study: str) -> Path | None:
-    """The folder that holds the runs of a finalist, if there is one."""
-    for path in parent.glob(f"trial-{finalist.number}*/settings.json"):
-        if json.loads(path.read_text(encoding="utf-8")) == _settings(finalist, study):
-            return path.parent
-    return None
-
-
-def _settings(finalist: Finalist, study: str) -> dict[str, Any]:
-    text = json_text({"study": study, "params": dict(finalist.params), "single_epoch": finalist.single_epoch})
-    return dict(json.loads(text))
-
-
 def _folder(parent: Path, finalist: Finalist, study: str) -> Path:
-    """Where the runs of a finalist are: a folder by the trial's number, which says what it holds.
+    """Where the runs of a finalist are; made where it is not there."""
+    folder, holds = _place(parent, finalist, study)
+    path = folder / "settings.json"
+    if not path.is_file():  # new, or of a version that did not write it
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, holds)
+    return folder
+
+
+def _place(parent: Path, finalist: Finalist, study: str) -> tuple[Path, dict[str, Any]]:
+    """A folder by the trial's number, which says what it holds, and what this one holds or is to hold.
 
     The trial of that number of another storage had other settings; its runs stay where they are.
     """
-    holds, again = _settings(finalist, study), 0
+    holds = json.loads(json_text({"study": study, "params": dict(finalist.params), "single_epoch": finalist.single_epoch}))
+    again = 0
     while True:
         folder = parent / (f"trial-{finalist.number}" + (f"-{again}" if again else ""))
         path = folder / "settings.json"
-        if not path.is_file():  # new, or of a version that did not write it
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, holds)
-            return folder
-        if json.loads(path.read_text(encoding="utf-8")) == holds:
-            return folder
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == holds:
+            return folder, holds
         again += 1
 
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from ctrlib.config import ConfigError
-from ctrlib.files import process_alive, process_began
+from ctrlib.files import process_began, process_runs
 from ctrlib.search.fidelity import Scores, lifted
 from ctrlib.search.hedge import Axis, Hedge, Params, locate, merged, standardised, transfer
 from ctrlib.search.space import UNSCALED, Draw, Space
@@ -351,15 +351,11 @@ def take_up_lost(study: Study) -> int:
 
 
 def _gone(trial: FrozenTrial) -> bool:
-    """Whether the process of a trial ended, as far as this machine can know. A number alone does not name a process: in a
-    container that was started again, the new one has the number of the old."""
+    """Whether the process of a trial ended, as far as this machine can know."""
     host, _, number = str(trial.user_attrs.get("worker", "")).rpartition(":")
     if host != socket.gethostname():
         return False
-    if int(number) == os.getpid() or not process_alive(int(number)):
-        return True
-    began, now = trial.user_attrs.get("process"), process_began(int(number))
-    return began is not None and now is not None and began != now
+    return int(number) == os.getpid() or not process_runs(int(number), trial.user_attrs.get("process"))
 
 
 def again(study: Study, trial: FrozenTrial) -> None:
