@@ -21,7 +21,7 @@ LAYERS = (
     {"schema", "config", "progress", "files", "plots"},
     {"batch", "dropout", "ragged", "_native"},
     {"table"},
-    {"rowwise"},
+    {"rowwise", "item_graph"},
     {
         "calibration",
         "metrics",

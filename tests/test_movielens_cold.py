@@ -181,7 +181,7 @@ def test_lightgbm_and_content_popularity_score_every_pair(catalogue: data.Catalo
         assert len(set(scores[0].tolist())) > 10
 
 
-@pytest.mark.parametrize("name", ["mf", "contrastive", "two_tower"])
+@pytest.mark.parametrize("name", ["mf", "deepfm", "contrastive"])
 def test_scores_of_all_pairs_are_those_of_rows(name: str, catalogue: data.Catalogue, parts: data.Parts, tmp_path: Path) -> None:
     store = data.store(catalogue, parts, 0, tmp_path)
     report = train(store, cold.run_config(name, OPTIONS), tmp_path / "run", seed=0)
@@ -203,7 +203,9 @@ def cold_scale(model: Any) -> float:
 
 def _runs(shift: float) -> list[dict[str, Any]]:
     pools = {p: dict.fromkeys(cold.METRICS, 0.1 + shift) | {"users": 3, "queries": 9, "items": 7} for p in ranking.POOLS}
-    return [{"model": "m", "seed": s, "settings": {"users": 7, "positives": None}, "pools": pools} for s in seeds.SEEDS]
+    related = {"cold": dict.fromkeys(cold.METRICS, 0.2 + 2 * shift)}
+    run = {"model": "m", "settings": {"users": 7, "positives": None}, "pools": pools, "related": related}
+    return [run | {"seed": seed} for seed in seeds.SEEDS]
 
 
 def test_page() -> None:
@@ -212,13 +214,36 @@ def test_page() -> None:
     text = cold.page(results)
     assert "at most 7 random users" in text
     assert "| popularity | 0.1000 ± 0.0000 |" in text
-    assert "-0.0800 ± 0.0000 |" in text  # popularity minus contrastive
+    assert "-0.0800 ± 0.0000 |" in text  # popularity minus contrastive, of warm items
+    assert "| id_dropout + relations | 0.3200 ± 0.0000 |" in text
+    assert "-0.2600 ± 0.0000 |" in text  # popularity minus contrastive + relations, of cold items
     assert "Not run yet: mf (2 of 5 seeds)." in text
     assert "What was asked" not in text
     results["mf"] = _runs(0.04)
-    assert "* 1.80 times *popularity*" in cold.page(results)
-    assert "above both *mf* and *deepfm* (asked: above); the better of these is *deepfm* with 0.1500" in cold.page(results)
-    assert "*id_dropout* 0.1600, *fusion* 0.1700, *two_tower* 0.1900." in cold.page(results)
+    text = cold.page(results)
+    assert "* 3.60 times *popularity*" in text
+    assert "above both *mf* and *deepfm* (asked: above); the better of these is *deepfm* with 0.1500" in text
+    assert "*id_dropout* 0.1600, *fusion* 0.1700, *contrastive* 0.1800, *mf + relations* 0.2800, *deepfm + relations*" in text
+
+
+def test_candidates_are_tried_on_validation_items(catalogue: data.Catalogue, parts: data.Parts) -> None:
+    checked = data.checked(parts)
+    assert (checked.test == parts.valid).all()
+    assert not checked.cold_users.any()
+    assert ((checked.kind == "cold") == (parts.kind == "check")).all()
+    assert not np.isin(catalogue.liked[checked.test], np.flatnonzero(parts.kind == "cold")).any()
+
+
+def test_relations_move_cold_items_alone(catalogue: data.Catalogue, parts: data.Parts) -> None:
+    scores = np.random.default_rng(0).random((60, 80))
+    like = cold.graph(catalogue, parts)
+    learned = np.isin(np.arange(80), catalogue.liked[parts.train])
+    assert like.items.tolist() == np.flatnonzero(~learned).tolist()
+    assert learned[like.near.numpy()].all()
+    found = cold.related(lambda users: scores[users], like)(np.array([3, 5]))
+    assert (found[:, learned] == scores[[3, 5]][:, learned]).all()
+    moved = (found != scores[[3, 5]]).any(0)
+    assert moved[like.items.numpy()].any()
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:

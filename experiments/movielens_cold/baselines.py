@@ -123,12 +123,18 @@ def _multi_hot(lists: list[list[str]]) -> Floats:
     return hot
 
 
-def _likeness(catalogue: Catalogue) -> Floats:
-    """[I, I] cosines of genres, year and words of the title, weighed by ln(I / items that have them)."""
+def content(catalogue: Catalogue) -> Floats:
+    """[I, C] genres, year and words of the title of every item, weighed by ln(I / items that have them); rows of length 1."""
     years = [[year] for year in catalogue.items["release_year"].to_pylist()]
     columns = [_genres(catalogue), _multi_hot(years), _multi_hot(catalogue.items["title"].to_pylist())]
-    hot = np.concatenate(columns, axis=1)
+    hot: Floats = np.concatenate(columns, axis=1)
     hot = hot * np.log(len(hot) / np.maximum(hot.sum(0), 1))
     hot /= np.maximum(np.linalg.norm(hot, axis=1, keepdims=True), 1e-9)
+    return hot
+
+
+def _likeness(catalogue: Catalogue) -> Floats:
+    """[I, I] cosines of content."""
+    hot = content(catalogue)
     like_II: Floats = hot @ hot.T
     return like_II

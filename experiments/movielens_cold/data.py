@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ RAW = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data")) / "mo
 
 USER_FIELDS = ("user_id", "gender", "age", "occupation", "region")
 ITEM_FIELDS = ("movie_id", "release_year", "genres", "title")
+TITLE = "title"
 IDS = ("user_id", "movie_id")
 POSITIVE = 4  # stars
 COLD, FEW, CHECK = 0.1, 0.1, 0.05  # shares of items; CHECK: cold ones for validation
@@ -104,6 +105,12 @@ def split(catalogue: Catalogue, seed: int) -> Parts:
     valid = (warm_P & (draw_P >= HELD_OUT) & ~train) | (known_P & (kind_P == "check"))
     test = known_P & ~train & ~valid
     return Parts(kind_I, train, valid, test, ~known_P & (kind_P == "warm"))
+
+
+def checked(parts: Parts) -> Parts:
+    """The validation interactions in the place of those of test, and the cold items for validation as the cold ones."""
+    kind = np.select([parts.kind == "check", parts.kind == "cold"], ["cold", "none"], parts.kind)
+    return replace(parts, kind=kind, test=parts.valid, cold_users=np.zeros_like(parts.valid))
 
 
 def _place(item_P: Ints, draw_P: npt.NDArray[np.float64], among_P: Bools) -> Ints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ Score = Callable[[Ints], Floats]
 """Users → their scores of all items, [U, I]."""
 
 
-def evaluate(score: Score, catalogue: Catalogue, parts: Parts, users: int, seed: int) -> Mapping[str, dict[str, float]]:
+def evaluate(
+    score: Score, catalogue: Catalogue, parts: Parts, users: int, seed: int, pools: Sequence[str] = POOLS
+) -> Mapping[str, dict[str, float]]:
     """Metrics by pool of items, over at most so many random users of each.
 
     Every test positive is a query: its item among the items of the pool that the user does not like in any row. So there is one
@@ -29,8 +31,8 @@ def evaluate(score: Score, catalogue: Catalogue, parts: Parts, users: int, seed:
     """
     found = {}
     learned_I = np.isin(np.arange(catalogue.items.num_rows), catalogue.liked[parts.train])
-    for number, pool in enumerate(POOLS):
-        rng = np.random.default_rng([seed, 3, number])
+    for pool in pools:
+        rng = np.random.default_rng([seed, 3, POOLS.index(pool)])
         kind = "warm" if pool == "cold users" else pool
         pool_I = (parts.kind == kind) & (learned_I | (kind == "cold"))
         wanted = (parts.cold_users if pool == "cold users" else parts.test) & pool_I[catalogue.liked]

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from ctrlib.interactions.base import Interaction
 from ctrlib.interactions.compose import Parallel, Stack
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.mlp import MLP
+from ctrlib.item_graph import ItemGraph, nearest_items
 from ctrlib.models.contrastive import ContrastConfig, contrastive
 from ctrlib.models.ctr import CTRModel, ModelComponent
 from ctrlib.models.presets import preset
@@ -43,21 +45,26 @@ from ctrlib.schema import DataError, suggest
 from ctrlib.training import FitConfig
 from experiments import seeds
 from experiments.movielens_cold import data
-from experiments.movielens_cold.baselines import BASELINES
+from experiments.movielens_cold.baselines import BASELINES, content
 from experiments.movielens_cold.ranking import POOLS, Floats, Score, evaluate
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 USERS = 500  # of each pool; all others rank the same
-MAIN = "contrastive"
+MAIN, RELATIONS = "contrastive", " + relations"
+MAIN_LINE = MAIN + RELATIONS
 METRICS = ("hr@10", "ndcg@10", "mrr", "recall@10", "hr@10 of 101")
 
 _EMBEDDING = FeatureEmbedding.Config(dim=32, init_std=0.05)
+_CONTENT = tuple(name for name in data.ITEM_FIELDS if name != data.TITLE)
+_NO_TITLE = replace(_EMBEDDING, fields=(*data.USER_FIELDS, *_CONTENT))
 _FUSION = AdaptiveFusion.Config(dim=64)
 _DEEP = MLP.Config(hidden_units=(128, 64), output_dim=1)
 _CONTRAST = ContrastConfig(weight=0.01, rows=256)
 _NO_CONTRAST = replace(_CONTRAST, weight=0.0)
 _ID_DROPOUT = 0.4
+NEIGHBOURS, SHARE = 10, 0.5  # of the step along the graph of items
+TUNE_SEEDS = (100, 101)
 
 
 def _mf() -> ModelComponent.Config:
@@ -68,23 +75,26 @@ def _mf() -> ModelComponent.Config:
 
 
 def _deepfm(
-    id_dropout: float, contrast: ContrastConfig = _NO_CONTRAST, deep: Interaction.Config = _DEEP
+    id_dropout: float = 0.0,
+    contrast: ContrastConfig = _NO_CONTRAST,
+    deep: Interaction.Config = _DEEP,
+    embedding: FeatureEmbedding.Config = _NO_TITLE,
 ) -> ModelComponent.Config:
-    """DeepFM of all fields, in which unseen ids are padding."""
+    """DeepFM, in which unseen ids are padding; of the item's id alone, some may be dropped."""
     config = preset("deepfm")
     assert isinstance(config, CTRModel.Config)
-    config = replace(config, embedding=_EMBEDDING, interaction=Parallel.Config(streams=(FM.Config(), deep), fusion="sum"))
-    views_of = (data.USER_FIELDS, data.ITEM_FIELDS)
+    config = replace(config, embedding=embedding, interaction=Parallel.Config(streams=(FM.Config(), deep), fusion="sum"))
+    views_of = (data.USER_FIELDS, tuple(name for name in data.ITEM_FIELDS if name in (embedding.fields or data.ITEM_FIELDS)))
     return contrastive(config, contrast, views_of=views_of, encoder=_FUSION, id_fields=data.IDS, id_dropout=id_dropout)
 
 
-def _two_tower() -> ModelComponent.Config:
+def _towers(weight: float, embedding: FeatureEmbedding.Config = _NO_TITLE) -> ModelComponent.Config:
     return TwoTower.Config(
-        embedding=_EMBEDDING,
-        item_fields=data.ITEM_FIELDS,
+        embedding=embedding,
+        item_fields=tuple(name for name in data.ITEM_FIELDS if name in (embedding.fields or data.ITEM_FIELDS)),
         user_tower=_FUSION,
         item_tower=_FUSION,
-        contrast=_CONTRAST,
+        contrast=replace(_CONTRAST, weight=weight),
         id_fields=data.IDS,
         id_dropout=_ID_DROPOUT,
     )
@@ -93,14 +103,23 @@ def _two_tower() -> ModelComponent.Config:
 _FUSED = Stack.Config(blocks=(_FUSION, _DEEP))
 MODELS: Mapping[str, Callable[[], ModelComponent.Config]] = {
     "mf": _mf,
-    "deepfm": lambda: _deepfm(0.0),
-    "id_dropout": lambda: _deepfm(_ID_DROPOUT),
-    "fusion": lambda: _deepfm(_ID_DROPOUT, deep=_FUSED),
-    "contrastive": lambda: _deepfm(_ID_DROPOUT, _CONTRAST, _FUSED),
-    "two_tower": _two_tower,
+    "deepfm": _deepfm,
+    "id_dropout": partial(_deepfm, _ID_DROPOUT),
+    "fusion": partial(_towers, 0.0),
+    "contrastive": partial(_towers, 0.01),
+}
+CANDIDATES: Mapping[str, Callable[[], ModelComponent.Config]] = {
+    "deepfm, title": lambda: _deepfm(embedding=_EMBEDDING),
+    "deepfm": _deepfm,
+    "towers, title": lambda: _towers(0.01, _EMBEDDING),
+    **{f"towers, {weight}": partial(_towers, weight) for weight in (0.0, 0.01, 0.1)},
+    **{
+        f"fused, {weight}": partial(_deepfm, _ID_DROPOUT, replace(_CONTRAST, weight=weight), _FUSED)
+        for weight in (0.0, 0.01, 0.1)
+    },
 }
 ID_BASED = ("mf", "deepfm")
-PARTS = ("id_dropout", "fusion", "two_tower")  # of the contrastive model, or another around them
+PARTS = ("id_dropout", "fusion")  # of the contrastive model, or another around them
 ORDER = (*BASELINES, *MODELS)
 
 INTRO = """# Cold items and cold users of MovieLens-1M
@@ -153,6 +172,18 @@ def scores_of(model: ModelComponent, store: Any, catalogue: data.Catalogue) -> S
     return score
 
 
+def graph(catalogue: data.Catalogue, parts: data.Parts, neighbours: int = NEIGHBOURS) -> ItemGraph:
+    """Items without a training positive, and those with one whose content is most like theirs."""
+    learned_I = np.isin(np.arange(catalogue.items.num_rows), catalogue.liked[parts.train])
+    items, among = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~learned_I, learned_I))
+    return nearest_items(torch.from_numpy(content(catalogue)), items, among, neighbours=neighbours)
+
+
+def related(score: Score, like: ItemGraph, share: float = SHARE) -> Score:
+    """The scores after a step along the graph. Of two towers it is the same as a step of the items' vectors."""
+    return lambda users: like.spread(torch.from_numpy(score(users)).T, share).T.numpy()
+
+
 def _crossed(user_F: Tensor, items: Batch, of_item: Tensor) -> Batch:
     """All items for one user."""
     return replace(items, sparse=torch.where(of_item, items.sparse, user_F))
@@ -191,6 +222,8 @@ def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> No
                     raise KeyboardInterrupt
                 model = artifact.load(scratch / name).model
                 score = scores_of(model, store, catalogue)
+                like = graph(catalogue, parts)
+                found["related"] = evaluate(related(score, like), catalogue, parts, options.users, seed, ("cold",))
                 shutil.rmtree(scratch / name)
                 found |= {key: report[key] for key in ("epochs", "best_epoch", "parameters", "rows")}
                 found["valid_gauc"] = report["valid"]["gauc"]
@@ -199,6 +232,40 @@ def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> No
             write_json(seeds.file(options.out, name, seed), found)
             shown = ", ".join(f"{pool} {m['hr@10']:.4f}" for pool, m in found["pools"].items())
             print(f"{name} {seed}: HR@10 {shown}; {found['cpu_seconds']:.0f} s", flush=True)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Train every candidate on cuts of their own, and rank the cold items for validation, with each step along the graph."""
+    catalogue = data.read()
+    for seed in map(int, options.seeds.split(",")) if options.seeds else TUNE_SEEDS:
+        path = HERE / f"tuning-{seed}.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        parts = data.split(catalogue, seed)
+        checked = data.checked(parts)
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            store = data.store(catalogue, parts, seed, scratch)
+            for name, config in CANDIDATES.items():
+                if name in found:
+                    continue
+                fitting = FitConfig(epochs=options.epochs, monitor="gauc", optimizer=OptimizerConfig())
+                report = train(store, RunConfig(model=config(), fit=fitting, batch_size=1024), scratch / "run", seed=seed)
+                if report["interrupted"]:
+                    raise KeyboardInterrupt
+                score = scores_of(artifact.load(scratch / "run").model, store, catalogue)
+                shutil.rmtree(scratch / "run")
+                steps = {"0": score}
+                for neighbours in (10, 20):
+                    like = graph(catalogue, parts, neighbours)
+                    steps |= {f"{share} of {neighbours}": related(score, like, share) for share in (0.2, 0.5, 0.8)}
+                trial: dict[str, Any] = {"valid_gauc": report["valid"]["gauc"], "epochs": report["epochs"]}
+                for step, scorer in steps.items():
+                    metrics = evaluate(scorer, catalogue, checked, options.users, seed, ("cold",))["cold"]
+                    trial[step] = {key: metrics[key] for key in ("hr@10", "ndcg@10")}
+                found[name] = trial
+                write_json(path, found)
+                shown = ", ".join(f"{step} {trial[step]['hr@10']:.4f}" for step in steps)
+                print(f"{name} {seed}: HR@10 {shown}", flush=True)
 
 
 def page(results: seeds.Runs) -> str:
@@ -210,11 +277,15 @@ def page(results: seeds.Runs) -> str:
         text += f"\n**A quick look at {positives:,} positives: these figures say nothing.**\n"
     done = seeds.complete(results)
     for pool in POOLS:
+        lines, main = (_with_relations(done), MAIN_LINE) if pool == "cold" else (done, MAIN)
         if done:
-            text += f"\n## {_TITLES[pool]}\n\n| model | {' | '.join(METRICS)} | HR@10 minus {MAIN} |\n"
+            text += f"\n## {_TITLES[pool]}\n\n| model | {' | '.join(METRICS)} | HR@10 minus {main} |\n"
             text += "|---" * (len(METRICS) + 2) + "|\n"
-            text += "".join(_line(name, runs, done.get(MAIN), pool) for name, runs in done.items())
-    text += _claims(done)
+            text += "".join(_line(name, runs, lines.get(main) if name != main else None, pool) for name, runs in lines.items())
+    text += _claims(_with_relations(done))
+    files = [path for seed in TUNE_SEEDS if (path := HERE / f"tuning-{seed}.json").is_file()]
+    if files:
+        text += _tuning([json.loads(path.read_text(encoding="utf-8")) for path in files])
     return text + seeds.missing(results, ORDER)
 
 
@@ -226,39 +297,69 @@ _TITLES = {
 }
 
 
+def _with_relations(results: seeds.Runs) -> seeds.Runs:
+    """Every model by itself, and after the step along the graph of items."""
+    lines: dict[str, Sequence[Mapping[str, Any]]] = {}
+    for name, runs in results.items():
+        lines[name] = runs
+        if name in MODELS:
+            lines[name + RELATIONS] = [{"pools": run["related"]} for run in runs]
+    return lines
+
+
 def _line(name: str, runs: Sequence[Mapping[str, Any]], main: Sequence[Mapping[str, Any]] | None, pool: str) -> str:
     cells = [seeds.mean_std([run["pools"][pool][metric] for run in runs]) for metric in METRICS]
-    difference = ""
-    if main is not None and name != MAIN:
-        difference = seeds.signed(*([run["pools"][pool]["hr@10"] for run in found] for found in (runs, main)))
+    difference = "" if main is None else seeds.signed(*([r["pools"][pool]["hr@10"] for r in found] for found in (runs, main)))
     return f"| {name} | {' | '.join(cells)} | {difference} |\n"
 
 
-def _claims(done: seeds.Runs) -> str:
+def _claims(lines: seeds.Runs) -> str:
     """What was asked of cold items, and whether it came out."""
-    if not {MAIN, "popularity", "content_popularity", *ID_BASED} <= done.keys():
+    if not {MAIN_LINE, "popularity", "content_popularity", *ID_BASED} <= lines.keys():
         return ""
-    mean = {name: statistics.fmean(run["pools"]["cold"]["hr@10"] for run in runs) for name, runs in done.items()}
-    ids = max(ID_BASED, key=lambda name: mean[name])
-    text = f"\n## What was asked\n\nHR@10 of cold items, *{MAIN}*: {mean[MAIN]:.4f}.\n\n"
-    text += (
-        f"* {mean[MAIN] / mean['popularity']:.2f} times *popularity* (asked: 1.5), which is chance here, for cold items tie; "
-    )
-    text += f"{mean[MAIN] / mean['content_popularity']:.2f} times *content_popularity*.\n"
-    verdict = "above" if mean[MAIN] > mean[ids] else "not above"
+    mean = {name: statistics.fmean(run["pools"]["cold"]["hr@10"] for run in runs) for name, runs in lines.items()}
+    main, ids = mean[MAIN_LINE], max(ID_BASED, key=lambda name: mean[name])
+    text = f"\n## What was asked\n\nHR@10 of cold items, *{MAIN_LINE}*: {main:.4f}.\n\n"
+    text += f"* {main / mean['popularity']:.2f} times *popularity* (asked: 1.5), which is chance here, for cold items tie; "
+    text += f"{main / mean['content_popularity']:.2f} times *content_popularity*.\n"
+    verdict = "above" if main > mean[ids] else "not above"
     text += f"* {verdict} both *mf* and *deepfm* (asked: above); the better of these is *{ids}* with {mean[ids]:.4f}.\n"
-    others = [f"*{name}* {mean[name]:.4f}" for name in PARTS if name in mean]
+    others = [
+        f"*{name}* {mean[name]:.4f}" for name in (*PARTS, MAIN, *(n + RELATIONS for n in (*ID_BASED, *PARTS))) if name in mean
+    ]
     return text + (f"* With less of it, or in another way: {', '.join(others)}.\n" if others else "")
+
+
+def _tuning(cuts: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the candidates, means over the cuts."""
+    steps = [step for step in next(iter(cuts[0].values())) if step not in ("valid_gauc", "epochs")]
+    text = _TUNING + f"\n| candidate | cuts | {' | '.join(steps)} |\n" + "|---" * (len(steps) + 2) + "|\n"
+    for name in CANDIDATES:
+        found = [cut[name] for cut in cuts if name in cut]
+        if found:
+            cells = [f"{statistics.fmean(trial[step]['hr@10'] for trial in found):.4f}" for step in steps]
+            text += f"| {name} | {len(found)} | {' | '.join(cells)} |\n"
+    return text
+
+
+_TUNING = """
+## The candidates
+
+HR@10 of the items that are cold for validation, of cuts by other seeds (`--tune`). *towers* is a product of two fused sides,
+*fused* is DeepFM whose network reads the fusion; the number is the weight of the contrastive loss. 0: without relations; η of
+N: with a share η of the N neighbours.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not there yet, and write the tables after every seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", help="names with commas between them; default: all")
-    parser.add_argument("--seeds", default=",".join(map(str, seeds.SEEDS)), help="with commas between them")
+    parser.add_argument("--seeds", help=f"with commas between them; default: {seeds.SEEDS}, of --tune {TUNE_SEEDS}")
     parser.add_argument("--users", type=int, default=USERS, help="users that are scored in each pool")
     parser.add_argument("--epochs", type=int, default=20, help="at most")
     parser.add_argument("--positives", type=int, help="only so many random positives: for a quick look")
+    parser.add_argument("--tune", action="store_true", help="only try the candidates on validation items, of other cuts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSONs; README.md goes there too")
     options = parser.parse_args(argv)
     out: Path = options.out
@@ -268,10 +369,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--models names {name!r}, which is no model of this experiment{suggest(name, ORDER)}")
     if options.positives is not None and out == RESULTS:
         raise ConfigError("--positives is for a quick look; give --out, so that it does not mix with results")
+    if options.tune:
+        tune_cpu()
+        tune(options)
+        return
     readme = (HERE if out == RESULTS else out) / "README.md"
     out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
-    for seed in map(int, options.seeds.split(",")):
+    for seed in map(int, options.seeds.split(",")) if options.seeds else seeds.SEEDS:
         missing = [name for name in names if not seeds.is_done(seeds.file(out, name, seed), settings(name, options))]
         if missing:
             run_seed(missing, seed, options)
