@@ -184,7 +184,7 @@ def test_lightgbm_and_content_popularity_score_every_pair(catalogue: data.Catalo
 @pytest.mark.parametrize("name", ["mf", "deepfm", "contrastive"])
 def test_scores_of_all_pairs_are_those_of_rows(name: str, catalogue: data.Catalogue, parts: data.Parts, tmp_path: Path) -> None:
     store = data.store(catalogue, parts, 0, tmp_path)
-    report = train(store, cold.run_config(name, OPTIONS), tmp_path / "run", seed=0)
+    report = train(store, cold.run_config(cold.MODELS[name](), OPTIONS), tmp_path / "run", seed=0)
     assert report["epochs"] == 1
     loaded = artifact.load(tmp_path / "run")
     users = np.array([5, 0, 59])

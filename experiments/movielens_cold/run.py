@@ -27,6 +27,7 @@ from ctrlib import artifact
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError, to_json
 from ctrlib.cpu import tune_cpu
+from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import RunConfig, train
 from ctrlib.files import json_text, write_json, write_text
@@ -153,11 +154,11 @@ mixed with those of the known items with the most similar content (`ctrlib.item_
 
 Fusion, losses and relations are our reconstruction of what the abstract of arXiv:2502.03664 names, whose text could not be
 read. Nothing here is to be compared with figures of that paper. Choices are made by validation items that are cold, of cuts
-by other seeds: see the candidates below, **which are not all tried yet, so that the choice stands out**.
+by other seeds: see the candidates below. **Not all of them are tried yet, so the choice is still open.**
 """
 
 
-def scores_of(model: ModelComponent, store: Any, catalogue: data.Catalogue) -> Score:
+def scores_of(model: ModelComponent, store: Store, catalogue: data.Catalogue) -> Score:
     """Scores of all items for users, in evaluation mode."""
     encoder = store.encoder
     user_rows, item_rows = np.arange(catalogue.users.num_rows), np.arange(catalogue.items.num_rows)
@@ -197,14 +198,28 @@ def _crossed(user_F: Tensor, items: Batch, of_item: Tensor) -> Batch:
 
 def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What decides a result, besides the seed."""
-    config = to_json(run_config(name, options)) if name in MODELS else {}
-    return json.loads(json_text({"users": options.users, "positives": options.positives, "run": config}))  # type: ignore[no-any-return]
+    found: dict[str, Any] = {"users": options.users, "positives": options.positives, "run": {}}
+    if name in MODELS:
+        found |= {"run": to_json(run_config(MODELS[name](), options)), "neighbours": NEIGHBOURS, "share": SHARE}
+    return json.loads(json_text(found))  # type: ignore[no-any-return]
 
 
-def run_config(name: str, options: argparse.Namespace) -> RunConfig:
-    """The run of a trained model."""
+def run_config(model: ModelComponent.Config, options: argparse.Namespace) -> RunConfig:
+    """The run of a model that is trained."""
     fit = FitConfig(epochs=options.epochs, monitor="gauc", optimizer=OptimizerConfig())
-    return RunConfig(model=MODELS[name](), fit=fit, batch_size=1024)
+    return RunConfig(model=model, fit=fit, batch_size=1024)
+
+
+def trained(
+    store: Store, config: RunConfig, catalogue: data.Catalogue, folder: Path, name: str, seed: int
+) -> tuple[dict[str, Any], Score]:
+    """Train a model in a folder, which is removed; its report and its scores."""
+    report = train(store, config, folder, name=name, seed=seed)
+    if report["interrupted"]:
+        raise KeyboardInterrupt
+    score = scores_of(artifact.load(folder).model, store, catalogue)
+    shutil.rmtree(folder)
+    return report, score
 
 
 def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> None:
@@ -223,14 +238,9 @@ def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> No
                 score = BASELINES[name](catalogue, parts, seed)
             else:
                 assert store is not None
-                report = train(store, run_config(name, options), scratch / name, name=name, seed=seed)
-                if report["interrupted"]:
-                    raise KeyboardInterrupt
-                model = artifact.load(scratch / name).model
-                score = scores_of(model, store, catalogue)
-                like = graph(catalogue, parts)
-                found["related"] = evaluate(related(score, like), catalogue, parts, options.users, seed, ("cold",))
-                shutil.rmtree(scratch / name)
+                report, score = trained(store, run_config(MODELS[name](), options), catalogue, scratch / name, name, seed)
+                moved = related(score, graph(catalogue, parts))
+                found["related"] = evaluate(moved, catalogue, parts, options.users, seed, ("cold",))
                 found |= {key: report[key] for key in ("epochs", "best_epoch", "parameters", "rows")}
                 found["valid_gauc"] = report["valid"]["gauc"]
             found["pools"] = evaluate(score, catalogue, parts, options.users, seed)
@@ -254,12 +264,7 @@ def tune(options: argparse.Namespace) -> None:
             for name, config in CANDIDATES.items():
                 if name in found:
                     continue
-                fitting = FitConfig(epochs=options.epochs, monitor="gauc", optimizer=OptimizerConfig())
-                report = train(store, RunConfig(model=config(), fit=fitting, batch_size=1024), scratch / "run", seed=seed)
-                if report["interrupted"]:
-                    raise KeyboardInterrupt
-                score = scores_of(artifact.load(scratch / "run").model, store, catalogue)
-                shutil.rmtree(scratch / "run")
+                report, score = trained(store, run_config(config(), options), catalogue, scratch / "run", name, seed)
                 steps = {"0": score}
                 for neighbours in (10, 20):
                     like = graph(catalogue, parts, neighbours)
