@@ -21,7 +21,7 @@ LAYERS = (
     {"schema", "config", "progress", "files", "plots"},
     {"batch", "dropout", "ragged", "_native"},
     {"table"},
-    {"rowwise", "item_graph"},
+    {"rowwise", "content_map"},
     {
         "calibration",
         "metrics",

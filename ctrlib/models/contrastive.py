@@ -3,7 +3,7 @@
 After the outline in the abstract of "contrastive learning for cold-start recommendation with adaptive feature fusion" (Hu,
 An, Yu, Du & Luo, arXiv:2502.03664), whose text could not be read: views, weights and places of the losses are our own choice.
 
-NOTE[DIFF] the abstract also names a module that mines relations; here that is a step after training, :mod:`ctrlib.item_graph`.
+NOTE[DIFF] the abstract also names a module that mines relations; here that is a step after training, :mod:`ctrlib.content_map`.
 """
 
 from __future__ import annotations

@@ -28,12 +28,18 @@ class TwoTower(ModelComponent):
     """logit = ⟨z_u, z_v⟩ / √k + b, with z_u = user_tower(tokens of the user) and z_v = item_tower(tokens of the item).
 
     Shape: Batch → Output(logits [B]). z are the flattened outputs of the towers, of one width k. In training there are up to
-    three auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side
-    (:class:`.Contrast`), and ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch. There, rows
-    of the same user or of the same item (:class:`.Identity`) are no negatives. Rows of weight 0 are left out of all three.
+    four auxiliary losses: ``contrastive_user`` and ``contrastive_item`` on views of the fields of a side
+    (:class:`.Contrast`); ``contrastive_cross``, InfoNCE between z_u and z_v of the clicked rows of the batch, where rows of the
+    same user or of the same item (:class:`.Identity`) are no negatives; and ``contrastive_unclicked``, InfoNCE of the scores,
+    in which every user of a clicked row tells its item from the items of all unclicked rows of the batch:
+
+        L = −(1/n) Σ_i ln( e^{s_ii} / (e^{s_ii} + Σ_{l unclicked} e^{s_il}) ),    s_il = ⟨z_u of row i, z_v of row l⟩ / √k
+
+    Rows l with the item of row i are no negatives there. Rows of weight 0 are left out of all four.
 
     NOTE[DIFF] the negatives of ``contrastive_cross`` come as often as they are clicked; there is no correction by −ln p(v), for
-    which the model would have to know how often that is.
+    which the model would have to know how often that is. Those of ``contrastive_unclicked`` come as the data has them: drawn
+    alike, if its unclicked rows are, and then nothing needs correction.
     """
 
     @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +50,7 @@ class TwoTower(ModelComponent):
             user_tower, item_tower: blocks over the tokens of each side.
             contrast: of the views of each side; with ``weight=0``, the default, there are none.
             cross_weight: λ of ``contrastive_cross``, which has the temperature and similarity of ``contrast``.
+            unclicked_weight: λ of ``contrastive_unclicked``.
             id_fields, id_dropout: see :class:`~ctrlib.models.contrastive.KnownIds`.
         """
 
@@ -52,11 +59,13 @@ class TwoTower(ModelComponent):
         item_tower: Interaction.Config = field(default_factory=AdaptiveFusion.Config)
         contrast: ContrastConfig = field(default_factory=lambda: ContrastConfig(weight=0.0))
         cross_weight: float = 0.0
+        unclicked_weight: float = 0.0
         id_fields: tuple[str, ...] = ()
         id_dropout: float = 0.0
 
         def __post_init__(self) -> None:
             check_not_negative("cross_weight", self.cross_weight)
+            check_not_negative("unclicked_weight", self.unclicked_weight)
 
     def __init__(self, config: Config, layout: BatchLayout) -> None:
         super().__init__()
@@ -137,6 +146,8 @@ class TwoTower(ModelComponent):
             auxiliary["contrastive_item"] = self.item_contrast(batch, item_BFD, self.item_tower)
         if self.config.cross_weight > 0 and batch.labels is not None:
             auxiliary["contrastive_cross"] = self.config.cross_weight * self._cross(batch, user_BK, item_BK)
+        if self.config.unclicked_weight > 0 and batch.labels is not None:
+            auxiliary["contrastive_unclicked"] = self.config.unclicked_weight * self._unclicked(batch, user_BK, item_BK)
         return Output(logits, auxiliary)
 
     def _cross(self, batch: Batch, user_BK: Tensor, item_BK: Tensor) -> Tensor:
@@ -154,3 +165,20 @@ class TwoTower(ModelComponent):
             rows_B=rows_B,
             symmetric=True,
         )
+
+    def _unclicked(self, batch: Batch, user_BK: Tensor, item_BK: Tensor) -> Tensor:
+        clicked_B = cast(Tensor, batch.labels)[:, 0] > 0
+        counted_B = torch.ones_like(clicked_B) if batch.counted is None else batch.counted
+        rows_N, others_M = (clicked_B & counted_B).nonzero().squeeze(1), (~clicked_B & counted_B).nonzero().squeeze(1)
+        if not len(rows_N):
+            return (user_BK * 0).sum()
+        # No autocast: as in info_nce, scores of half precision are too coarse for a softmax.
+        with torch.autocast(user_BK.device.type, enabled=False):
+            dtype = torch.promote_types(user_BK.dtype, torch.float32)
+            user_NK, item_BK = user_BK[rows_N].to(dtype) / math.sqrt(self.width), item_BK.to(dtype)
+            own_N1 = (user_NK * item_BK[rows_N]).sum(1, keepdim=True)
+            score_NM = user_NK @ item_BK[others_M].T
+            same_item_BB = self.item_id.same(batch)
+            if same_item_BB is not None:
+                score_NM = score_NM.masked_fill(same_item_BB[rows_N][:, others_M], float("-inf"))
+            return (torch.cat([own_N1, score_NM], dim=1).logsumexp(1) - own_N1.squeeze(1)).mean()

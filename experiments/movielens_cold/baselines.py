@@ -1,15 +1,18 @@
-"""What needs no network: popularity, popularity of like content, content kNN, and LightGBM on content."""
+"""What needs no network: popularity, popularity of like content, content kNN, ridge regression and LightGBM on content."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.linear_model import Ridge
 
 from ctrlib.config import ConfigError
 from experiments.movielens_cold.data import NEGATIVES, Catalogue, Ints, Parts
 from experiments.movielens_cold.ranking import Floats, Score
 
 NEIGHBOURS = 20
+RIDGE = 10.0
+BUMPS = np.arange(1915, 2006, 5)  # years
 
 
 def popularity(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
@@ -51,6 +54,20 @@ def content_knn(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     return score
 
 
+def content_ridge(catalogue: Catalogue, parts: Parts, seed: int, ridge: float = RIDGE) -> Score:
+    """What every user likes (1, all else 0) by ridge regression on :func:`smooth_content`, over the items of training.
+
+    A user who likes nothing there has the mean of all users.
+    """
+    item_T, user_T = catalogue.liked[parts.train], catalogue.liker[parts.train]
+    liked_IU = np.zeros((catalogue.items.num_rows, catalogue.users.num_rows))
+    liked_IU[item_T, user_T] = 1
+    liked_IU[:, ~liked_IU.any(0)] = liked_IU.mean(1, keepdims=True)
+    content_IC, learned = smooth_content(catalogue), np.unique(item_T)
+    score_IU: Floats = Ridge(alpha=ridge).fit(content_IC[learned], liked_IU[learned]).predict(content_IC)
+    return lambda users: score_IU[:, users].T
+
+
 def lightgbm(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     """Boosted trees on the user's profile, the item's year and genres, and the genres that the user likes; no ids.
 
@@ -65,7 +82,7 @@ def lightgbm(catalogue: Catalogue, parts: Parts, seed: int) -> Score:
     except ImportError as error:
         raise ConfigError("lightgbm is not installed; pip install 'ctrlib[search]', or leave this model out") from error
     rng = np.random.default_rng([seed, 4])
-    genre_IG, year_I = _genres(catalogue), np.array([int(year[:4]) for year in catalogue.items["release_year"].to_pylist()])
+    genre_IG, year_I = _genres(catalogue), _years(catalogue)
     share_IG = genre_IG / genre_IG.sum(1, keepdims=True)
     user_T, item_T = catalogue.liker[parts.train], catalogue.liked[parts.train]
     liked_UG = np.zeros((catalogue.users.num_rows, genre_IG.shape[1]))
@@ -103,12 +120,30 @@ BASELINES = {
     "popularity": popularity,
     "content_popularity": content_popularity,
     "content_knn": content_knn,
+    "content_ridge": content_ridge,
     "lightgbm": lightgbm,
 }
 
 
 def _counts(catalogue: Catalogue, parts: Parts) -> Floats:
     return np.bincount(catalogue.liked[parts.train], minlength=catalogue.items.num_rows).astype(np.float64)
+
+
+def smooth_content(catalogue: Catalogue) -> Floats:
+    """[I, C] genres, bumps of the year, and products of the two, which weigh alike; rows of length 1. Near years are near here."""
+    genre_IG = _unit(_genres(catalogue))
+    year_IY = _unit(np.exp(-0.5 * ((_years(catalogue)[:, None] - BUMPS) / 6) ** 2))
+    crossed_IC = np.einsum("ig,iy->igy", genre_IG, year_IY).reshape(len(genre_IG), -1)
+    return _unit(np.concatenate([genre_IG, year_IY, crossed_IC], axis=1))
+
+
+def _unit(values_IC: Floats) -> Floats:
+    unit_IC: Floats = values_IC / np.maximum(np.linalg.norm(values_IC, axis=1, keepdims=True), 1e-9)
+    return unit_IC
+
+
+def _years(catalogue: Catalogue) -> Ints:
+    return np.array([int(year[:4]) for year in catalogue.items["release_year"].to_pylist()])
 
 
 def _genres(catalogue: Catalogue) -> Floats:
@@ -128,9 +163,7 @@ def content(catalogue: Catalogue) -> Floats:
     years = [[year] for year in catalogue.items["release_year"].to_pylist()]
     columns = [_genres(catalogue), _multi_hot(years), _multi_hot(catalogue.items["title"].to_pylist())]
     hot: Floats = np.concatenate(columns, axis=1)
-    hot = hot * np.log(len(hot) / np.maximum(hot.sum(0), 1))
-    hot /= np.maximum(np.linalg.norm(hot, axis=1, keepdims=True), 1e-9)
-    return hot
+    return _unit(hot * np.log(len(hot) / np.maximum(hot.sum(0), 1)))
 
 
 def _likeness(catalogue: Catalogue) -> Floats:

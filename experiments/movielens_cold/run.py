@@ -26,17 +26,16 @@ from torch import Tensor
 from ctrlib import artifact
 from ctrlib.batch import Batch
 from ctrlib.config import ConfigError, to_json
+from ctrlib.content_map import ContentMap
 from ctrlib.cpu import tune_cpu
 from ctrlib.data.store import Store
 from ctrlib.embedding import FeatureEmbedding
 from ctrlib.experiment import RunConfig, train
 from ctrlib.files import json_text, write_json, write_text
 from ctrlib.interactions.adaptive_fusion import AdaptiveFusion
-from ctrlib.interactions.base import Interaction
-from ctrlib.interactions.compose import Parallel, Stack
+from ctrlib.interactions.compose import Parallel
 from ctrlib.interactions.fm import FM
 from ctrlib.interactions.mlp import MLP
-from ctrlib.item_graph import ItemGraph, nearest_items
 from ctrlib.models.contrastive import ContrastConfig, contrastive
 from ctrlib.models.ctr import CTRModel, ModelComponent
 from ctrlib.models.presets import preset
@@ -46,7 +45,7 @@ from ctrlib.schema import DataError, suggest
 from ctrlib.training import FitConfig
 from experiments import seeds
 from experiments.movielens_cold import data
-from experiments.movielens_cold.baselines import BASELINES, content
+from experiments.movielens_cold.baselines import BASELINES, smooth_content
 from experiments.movielens_cold.ranking import POOLS, Floats, Score, evaluate
 
 HERE = Path(__file__).resolve().parent
@@ -59,12 +58,13 @@ METRICS = ("hr@10", "ndcg@10", "mrr", "recall@10", "hr@10 of 101")
 _EMBEDDING = FeatureEmbedding.Config(dim=32, init_std=0.05)
 _CONTENT = tuple(name for name in data.ITEM_FIELDS if name != data.TITLE)
 _NO_TITLE = replace(_EMBEDDING, fields=(*data.USER_FIELDS, *_CONTENT))
+_DROPOUT = replace(_NO_TITLE, dropout=0.2)
 _FUSION = AdaptiveFusion.Config(dim=64)
 _DEEP = MLP.Config(hidden_units=(128, 64), output_dim=1)
-_CONTRAST = ContrastConfig(weight=0.01, rows=256)
+_CONTRAST = ContrastConfig(rows=256)
 _NO_CONTRAST = replace(_CONTRAST, weight=0.0)
 _ID_DROPOUT = 0.4
-NEIGHBOURS, SHARE = 10, 0.5  # of the step along the graph of items
+RIDGE, SHARE = 0.3, 0.5  # of the map from known items to cold ones
 TUNE_SEEDS = (100, 101)
 
 
@@ -75,57 +75,53 @@ def _mf() -> ModelComponent.Config:
     return replace(config, embedding=replace(_EMBEDDING, fields=data.IDS))
 
 
-def _deepfm(
-    id_dropout: float = 0.0,
-    contrast: ContrastConfig = _NO_CONTRAST,
-    deep: Interaction.Config = _DEEP,
-    embedding: FeatureEmbedding.Config = _NO_TITLE,
-) -> ModelComponent.Config:
-    """DeepFM, in which unseen ids are padding; of the item's id alone, some may be dropped."""
+def _deepfm(id_dropout: float = 0.0, embedding: FeatureEmbedding.Config = _NO_TITLE) -> ModelComponent.Config:
+    """DeepFM, in which unseen ids are padding, and some known ones are dropped."""
     config = preset("deepfm")
     assert isinstance(config, CTRModel.Config)
-    config = replace(config, embedding=embedding, interaction=Parallel.Config(streams=(FM.Config(), deep), fusion="sum"))
-    views_of = (data.USER_FIELDS, tuple(name for name in data.ITEM_FIELDS if name in (embedding.fields or data.ITEM_FIELDS)))
-    return contrastive(config, contrast, views_of=views_of, encoder=_FUSION, id_fields=data.IDS, id_dropout=id_dropout)
+    config = replace(config, embedding=embedding, interaction=Parallel.Config(streams=(FM.Config(), _DEEP), fusion="sum"))
+    return contrastive(config, _NO_CONTRAST, id_fields=data.IDS, id_dropout=id_dropout)
 
 
 def _towers(
-    weight: float, embedding: FeatureEmbedding.Config = _NO_TITLE, id_dropout: float = _ID_DROPOUT
+    views: float = 0.0,
+    unclicked: float = 0.0,
+    id_dropout: float = 0.0,
+    embedding: FeatureEmbedding.Config = _NO_TITLE,
 ) -> ModelComponent.Config:
+    """Two fused sides, with contrastive losses of these weights."""
     return TwoTower.Config(
         embedding=embedding,
         item_fields=tuple(name for name in data.ITEM_FIELDS if name in (embedding.fields or data.ITEM_FIELDS)),
         user_tower=_FUSION,
         item_tower=_FUSION,
-        contrast=replace(_CONTRAST, weight=weight),
+        contrast=replace(_CONTRAST, weight=views),
+        unclicked_weight=unclicked,
         id_fields=data.IDS,
         id_dropout=id_dropout,
     )
 
 
-_FUSED = Stack.Config(blocks=(_FUSION, _DEEP))
 MODELS: Mapping[str, Callable[[], ModelComponent.Config]] = {
     "mf": _mf,
     "deepfm": _deepfm,
-    "id_dropout": partial(_deepfm, _ID_DROPOUT),
-    "fusion": partial(_towers, 0.0),
-    "contrastive": partial(_towers, 0.01),
+    "fusion": _towers,
+    "unclicked": partial(_towers, 0.0, 1.0),
+    "contrastive": partial(_towers, 0.3, 1.0),
 }
 CANDIDATES: Mapping[str, Callable[[], ModelComponent.Config]] = {
-    "deepfm, title": lambda: _deepfm(embedding=_EMBEDDING),
-    "towers": partial(_towers, 0.0, id_dropout=0.0),
-    **{
-        f"{name}, {weight}" if weight else name: partial(_deepfm, 0.0, replace(_CONTRAST, weight=weight), deep)
-        for weight in (0.0, 0.01, 0.1)
-        for name, deep in (("deepfm", _DEEP), ("fused", _FUSED))
-    },
-    "towers, 0.01": partial(_towers, 0.01, id_dropout=0.0),
-    "deepfm, id dropout": partial(_deepfm, _ID_DROPOUT),
-    "fused, id dropout": partial(_deepfm, _ID_DROPOUT, _NO_CONTRAST, _FUSED),
-    "towers, id dropout": partial(_towers, 0.0),
+    "deepfm, title": partial(_deepfm, embedding=_EMBEDDING),
+    "towers, unclicked 1, views .3": partial(_towers, 0.3, 1.0),
+    "towers, unclicked 1, views .3, id dropout": partial(_towers, 0.3, 1.0, _ID_DROPOUT),
+    "deepfm, dropout": partial(_deepfm, embedding=_DROPOUT),
+    "towers, unclicked 1, id dropout": partial(_towers, 0.0, 1.0, _ID_DROPOUT),
+    "deepfm": _deepfm,
+    "towers": _towers,
+    "towers, unclicked 1": partial(_towers, 0.0, 1.0),
+    "towers, unclicked 1, views .1": partial(_towers, 0.1, 1.0),
 }
 ID_BASED = ("mf", "deepfm")
-PARTS = ("id_dropout", "fusion")  # of the contrastive model, or another around them
+PARTS = ("fusion", "unclicked")  # of the contrastive model
 ORDER = (*BASELINES, *MODELS)
 
 INTRO = """# Cold items and cold users of MovieLens-1M
@@ -146,15 +142,16 @@ over users, all of whose test items compete; `hr@10 of 101` is against 100 rando
 places.
 
 The models: *popularity* counts training positives, so cold items tie; *content_popularity* is the mean of that over the
-twenty items with the most similar content; *content_knn* and *lightgbm* read content only; *mf* reads ids only; *deepfm*
-reads all but titles, with unseen ids as padding; its network is 128-64-1. *id_dropout* is *deepfm* that drops ids in training
-with a chance of .4. *fusion* is the product of an adaptive fusion of the user's fields and one of the item's, and
-*contrastive* adds InfoNCE between views of the user and between views of the item. *+ relations*: a cold item's score is
-mixed with those of the known items with the most similar content (`ctrlib.item_graph`), half and half.
+twenty items with the most similar content; *content_knn* and *lightgbm* read content only, and so does *content_ridge*, a
+ridge regression of what each user likes; *mf* reads ids only; *deepfm* reads all but titles, with unseen ids as padding; its
+network is 128-64-1. *fusion* is the product of an adaptive fusion of the user's fields and one of the item's. *unclicked*
+adds InfoNCE of the scores, against the items of the unclicked rows of a batch, and *contrastive* also InfoNCE between views
+of the user and between views of the item. *+ relations*: the score of a cold item is half its own, half what a ridge
+regression on content makes of the scores of known items (`ctrlib.content_map`).
 
 Fusion, losses and relations are our reconstruction of what the abstract of arXiv:2502.03664 names, whose text could not be
 read. Nothing here is to be compared with figures of that paper. Choices are made by validation items that are cold, of cuts
-by other seeds: see the candidates below. **Not all of them are tried yet, so the choice is still open.**
+by other seeds: see the candidates below.
 """
 
 
@@ -179,16 +176,16 @@ def scores_of(model: ModelComponent, store: Store, catalogue: data.Catalogue) ->
     return score
 
 
-def graph(catalogue: data.Catalogue, parts: data.Parts, neighbours: int = NEIGHBOURS) -> ItemGraph:
-    """Items without a training positive, and those with one whose content is most like theirs."""
+def relations(catalogue: data.Catalogue, parts: data.Parts, ridge: float = RIDGE) -> ContentMap:
+    """From the items with a training positive to those without one."""
     learned_I = np.isin(np.arange(catalogue.items.num_rows), catalogue.liked[parts.train])
-    items, among = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~learned_I, learned_I))
-    return nearest_items(torch.from_numpy(content(catalogue)), items, among, neighbours=neighbours)
+    cold, known = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~learned_I, learned_I))
+    return ContentMap(torch.from_numpy(smooth_content(catalogue)), cold, known, ridge=ridge)
 
 
-def related(score: Score, like: ItemGraph, share: float = SHARE) -> Score:
-    """The scores after a step along the graph. Of two towers it is the same as a step of the items' vectors."""
-    return lambda users: like.spread(torch.from_numpy(score(users)).T, share).T.numpy()
+def related(score: Score, relations: ContentMap, share: float = SHARE) -> Score:
+    """The scores, mapped from those of known items. Of two towers it is the same as to map the items' vectors."""
+    return lambda users: relations.spread(torch.from_numpy(score(users)).T, share).T.numpy()
 
 
 def _crossed(user_F: Tensor, items: Batch, of_item: Tensor) -> Batch:
@@ -200,7 +197,7 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What decides a result, besides the seed."""
     found: dict[str, Any] = {"users": options.users, "positives": options.positives, "run": {}}
     if name in MODELS:
-        found |= {"run": to_json(run_config(MODELS[name](), options)), "neighbours": NEIGHBOURS, "share": SHARE}
+        found |= {"run": to_json(run_config(MODELS[name](), options)), "ridge": RIDGE, "share": SHARE}
     return json.loads(json_text(found))  # type: ignore[no-any-return]
 
 
@@ -239,7 +236,7 @@ def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> No
             else:
                 assert store is not None
                 report, score = trained(store, run_config(MODELS[name](), options), catalogue, scratch / name, name, seed)
-                moved = related(score, graph(catalogue, parts))
+                moved = related(score, relations(catalogue, parts))
                 found["related"] = evaluate(moved, catalogue, parts, options.users, seed, ("cold",))
                 found |= {key: report[key] for key in ("epochs", "best_epoch", "parameters", "rows")}
                 found["valid_gauc"] = report["valid"]["gauc"]
@@ -251,7 +248,7 @@ def run_seed(names: Sequence[str], seed: int, options: argparse.Namespace) -> No
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Train every candidate on cuts of their own, and rank the cold items for validation, with each step along the graph."""
+    """Train every candidate on cuts of their own, and rank the cold items for validation, with each map of relations."""
     catalogue = data.read()
     for seed in map(int, options.seeds.split(",")) if options.seeds else TUNE_SEEDS:
         path = HERE / f"tuning-{seed}.json"
@@ -266,9 +263,9 @@ def tune(options: argparse.Namespace) -> None:
                     continue
                 report, score = trained(store, run_config(config(), options), catalogue, scratch / "run", name, seed)
                 steps = {"0": score}
-                for neighbours in (10, 20):
-                    like = graph(catalogue, parts, neighbours)
-                    steps |= {f"{share} of {neighbours}": related(score, like, share) for share in (0.2, 0.5, 0.8)}
+                for ridge in (0.3, 1.0, 3.0):
+                    found_by = relations(catalogue, parts, ridge)
+                    steps |= {f"{share}, {ridge}": related(score, found_by, share) for share in (0.5, 1.0)}
                 trial: dict[str, Any] = {"valid_gauc": report["valid"]["gauc"], "epochs": report["epochs"]}
                 for step, scorer in steps.items():
                     metrics = evaluate(scorer, catalogue, checked, options.users, seed, ("cold",))["cold"]
@@ -309,7 +306,7 @@ _TITLES = {
 
 
 def _with_relations(results: seeds.Runs) -> seeds.Runs:
-    """Every model by itself, and after the step along the graph of items."""
+    """Every model by itself, and with relations to the known items."""
     lines: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, runs in results.items():
         lines[name] = runs
@@ -343,12 +340,17 @@ def _claims(lines: seeds.Runs) -> str:
 
 def _tuning(cuts: Sequence[Mapping[str, Any]]) -> str:
     """The table of the candidates, means over the cuts."""
-    steps = [step for step in next(iter(cuts[0].values())) if step not in ("valid_gauc", "epochs")]
+    steps = list(dict.fromkeys(step for cut in cuts for trial in cut.values() for step in trial if step[0].isdigit()))
     text = _TUNING + f"\n| candidate | cuts | {' | '.join(steps)} |\n" + "|---" * (len(steps) + 2) + "|\n"
     for name in CANDIDATES:
         found = [cut[name] for cut in cuts if name in cut]
         if found:
-            cells = [f"{statistics.fmean(trial[step]['hr@10'] for trial in found):.4f}" for step in steps]
+            cells = [
+                f"{statistics.fmean(trial[step]['hr@10'] for trial in found):.4f}"
+                if all(step in trial for trial in found)
+                else ""
+                for step in steps
+            ]
             text += f"| {name} | {len(found)} | {' | '.join(cells)} |\n"
     return text
 
@@ -356,9 +358,9 @@ def _tuning(cuts: Sequence[Mapping[str, Any]]) -> str:
 _TUNING = """
 ## The candidates
 
-HR@10 of the items that are cold for validation, of cuts by other seeds (`--tune`). *towers* is a product of two fused sides,
-*fused* is DeepFM whose network reads the fusion; the number is the weight of the contrastive loss. 0: without relations; η of
-N: with a share η of the N neighbours.
+HR@10 of the items that are cold for validation, of cuts by other seeds (`--tune`). *towers* is *fusion*; the numbers are the
+weights of the contrastive losses, of the unclicked and of views. 0: without relations; η, λ: with a share η of a ridge
+regression with the penalty λ.
 """
 
 

@@ -94,14 +94,37 @@ def test_the_cross_loss_is_of_clicked_rows_of_other_users_and_items() -> None:
     assert found == pytest.approx(total / len(clicked), rel=1e-5)
 
 
+def test_clicked_items_are_told_from_the_unclicked_of_the_batch() -> None:
+    model, batch = tower(replace(CONFIG, unclicked_weight=2.0)).train(), rows(40)
+    assert batch.labels is not None
+    found = float(model(batch).auxiliary["contrastive_unclicked"].detach())
+    user_BK, item_BK = model.vectors(batch)
+    items, label = batch.sparse[:, 1].tolist(), batch.labels[:, 0].tolist()
+    clicked = [i for i in range(40) if label[i] == 1]
+
+    def score(i: int, j: int) -> float:
+        return math.exp(float(user_BK[i] @ item_BK[j]) / model.width**0.5)
+
+    total, left_out = 0.0, 0
+    for i in clicked:
+        others = [j for j in range(40) if label[j] == 0 and items[j] != items[i]]
+        left_out += 40 - len(clicked) - len(others)
+        total -= math.log(score(i, i) / (score(i, i) + sum(score(i, j) for j in others)))
+    assert left_out > 0
+    assert found == pytest.approx(2 * total / len(clicked), rel=1e-5)
+    for same in (0.0, 1.0):  # nothing to tell from anything
+        assert float(model(replace(batch, labels=torch.full((40, 1), same))).auxiliary["contrastive_unclicked"].detach()) == 0
+
+
 def test_rows_of_weight_zero_are_left_out_of_the_losses() -> None:
     """Whatever their labels are, and whatever their fields: nothing is learned from them."""
     still = ContrastConfig(weight=1.0, field_mask=0.0, id_mask=0.0, feature_dropout=0.0)
-    model, batch = tower(replace(CONFIG, cross_weight=1.0, contrast=still)).train(), rows(40)
+    config = replace(CONFIG, cross_weight=1.0, unclicked_weight=1.0, contrast=still)
+    model, batch = tower(config).train(), rows(40)
     kept = [i for i in range(40) if i % 3]
     weighed = replace(batch, weight=torch.tensor([float(i % 3) for i in range(40)]))
     found, expected = model(weighed).auxiliary, model(take(batch, kept)).auxiliary
-    assert list(found) == ["contrastive_user", "contrastive_item", "contrastive_cross"]
+    assert list(found) == ["contrastive_user", "contrastive_item", "contrastive_cross", "contrastive_unclicked"]
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name])
     assert total_loss(model(replace(batch, weight=torch.zeros(40))), replace(batch, weight=torch.zeros(40))).item() == 0.0
@@ -115,7 +138,9 @@ def test_without_weight_no_random_number_is_drawn() -> None:
 
 
 def test_config_survives_json() -> None:
-    config = replace(CONFIG, contrast=ContrastConfig(), id_fields=("user", "item"), id_dropout=0.3, cross_weight=0.1)
+    config = replace(
+        CONFIG, contrast=ContrastConfig(), id_fields=("user", "item"), id_dropout=0.3, cross_weight=0.1, unclicked_weight=1.0
+    )
     assert from_json(json.loads(json.dumps(to_json(config))), ModelComponent.Config, COMPONENTS) == config
 
 
@@ -149,6 +174,8 @@ def test_errors() -> None:
         tower(replace(CONFIG, user_tower=plain, item_tower=normed, contrast=ContrastConfig()))
     with pytest.raises(ConfigError, match=r"cross_weight is -1"):
         replace(CONFIG, cross_weight=-1.0)
+    with pytest.raises(ConfigError, match=r"unclicked_weight is -1"):
+        replace(CONFIG, unclicked_weight=-1.0)
 
 
 # Planted: 200 users, 300 items in 12 genres, each user likes three genres; the last 80 items are cold.
