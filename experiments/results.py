@@ -91,7 +91,8 @@ More: [experiments/{folder}](../experiments/{folder}/README.md).
 COLD = """
 ## Cold start on MovieLens-1M
 
-HR@10 among all items of the pool, five seeds. More: [experiments/movielens_cold](../experiments/movielens_cold/README.md).
+HR@10 among all items of the pool, five seeds; *+ relations*: with the map from content. More:
+[experiments/movielens_cold](../experiments/movielens_cold/README.md).
 
 """
 
@@ -185,9 +186,11 @@ def _cold() -> str:
     done = seeds.complete(seeds.load(cold.RESULTS, cold.ORDER))
     if not done:
         return ""
-    text = COLD + _line("model", *ranking.POOLS) + "|---" * (len(ranking.POOLS) + 1) + "|\n"
+    text = COLD + _line("model", *ranking.POOLS, f"cold{cold.RELATIONS}") + "|---" * (len(ranking.POOLS) + 2) + "|\n"
     for name, runs in done.items():
-        text += _line(name, *(seeds.mean_std([run["pools"][pool]["hr@10"] for run in runs]) for pool in ranking.POOLS))
+        cells = [seeds.mean_std([run["pools"][pool]["hr@10"] for run in runs]) for pool in ranking.POOLS]
+        related = [run["related"]["cold"]["hr@10"] for run in runs if "related" in run]
+        text += _line(name, *cells, seeds.mean_std(related) if related else "")
     return text
 
 

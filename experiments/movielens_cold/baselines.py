@@ -130,7 +130,7 @@ def _counts(catalogue: Catalogue, parts: Parts) -> Floats:
 
 
 def smooth_content(catalogue: Catalogue) -> Floats:
-    """[I, C] genres, bumps of the year, and products of the two, which weigh alike; rows of length 1. Near years are near here."""
+    """[I, C] genres, bumps of the year, and products of the two, which weigh alike; rows of length 1. Near years are near."""
     genre_IG = _unit(_genres(catalogue))
     year_IY = _unit(np.exp(-0.5 * ((_years(catalogue)[:, None] - BUMPS) / 6) ** 2))
     crossed_IC = np.einsum("ig,iy->igy", genre_IG, year_IY).reshape(len(genre_IG), -1)
