@@ -371,8 +371,8 @@ _READING = """
   (*contrastive* beside *unclicked*) helps cold items a little without relations (+.006; +.019 on the validation items below)
   and not with them (-.002, within the noise of seeds).
 * Each seed has other cold items, 353 of them: which of two close models is ahead changes from seed to seed.
-* Of cold users little is known too. Nothing ranks items for them better than *popularity* beyond the noise, and two towers are behind it: without the
-  id of the user their product has only a weak part that is the same for all users.
+* Of cold users little is known too. Nothing ranks items for them better than *popularity* beyond the noise, and two towers are
+  behind it: without the id of the user, their product has only a weak part that is the same for all users.
 """
 
 _TUNING = """
