@@ -45,7 +45,7 @@ from ctrlib.schema import DataError, suggest
 from ctrlib.training import FitConfig
 from experiments import seeds
 from experiments.movielens_cold import data
-from experiments.movielens_cold.baselines import BASELINES, smooth_content
+from experiments.movielens_cold.baselines import BASELINES, content_ridge, smooth_content
 from experiments.movielens_cold.ranking import POOLS, Floats, Score, evaluate
 
 HERE = Path(__file__).resolve().parent
@@ -119,6 +119,7 @@ CANDIDATES: Mapping[str, Callable[[], ModelComponent.Config]] = {
     "towers, unclicked 1, views .3": partial(_towers, 0.3, 1.0),
     "towers, unclicked 1, views .3, id dropout": partial(_towers, 0.3, 1.0, _ID_DROPOUT),
 }
+PENALTIES = (1.0, 3.0, 10.0, 30.0)  # of content_ridge
 OPTIMIZERS: Mapping[str, OptimizerConfig] = {"mf": OptimizerConfig(embedding="adam")}
 ID_BASED = ("mf", "deepfm")
 PARTS = ("fusion", "unclicked")  # of the contrastive model
@@ -259,7 +260,9 @@ def tune(options: argparse.Namespace) -> None:
         path = HERE / f"tuning-{seed}.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         parts = data.split(catalogue, seed)
-        checked = data.checked(parts)
+        for penalty in PENALTIES:
+            score = content_ridge(catalogue, parts, seed, penalty)
+            found[f"content_ridge, {penalty}"] = {"0": _checked(score, catalogue, parts, options.users, seed)}
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             store = data.store(catalogue, parts, seed, scratch)
@@ -272,13 +275,18 @@ def tune(options: argparse.Namespace) -> None:
                     found_by = relations(catalogue, parts, ridge)
                     steps |= {f"{share}, {ridge}": related(score, found_by, share) for share in (0.5, 1.0)}
                 trial: dict[str, Any] = {"valid_gauc": report["valid"]["gauc"], "epochs": report["epochs"]}
-                for step, scorer in steps.items():
-                    metrics = evaluate(scorer, catalogue, checked, options.users, seed, ("cold",))["cold"]
-                    trial[step] = {key: metrics[key] for key in ("hr@10", "ndcg@10")}
+                trial |= {step: _checked(scorer, catalogue, parts, options.users, seed) for step, scorer in steps.items()}
                 found[name] = trial
                 write_json(path, found)
                 shown = ", ".join(f"{step} {trial[step]['hr@10']:.4f}" for step in steps)
                 print(f"{name} {seed}: HR@10 {shown}", flush=True)
+        write_json(path, found)
+
+
+def _checked(score: Score, catalogue: data.Catalogue, parts: data.Parts, users: int, seed: int) -> dict[str, float]:
+    """Of the items that are cold for validation."""
+    metrics = evaluate(score, catalogue, data.checked(parts), users, seed, ("cold",))["cold"]
+    return {key: metrics[key] for key in ("hr@10", "ndcg@10")}
 
 
 def page(results: seeds.Runs) -> str:
@@ -347,7 +355,7 @@ def _tuning(cuts: Sequence[Mapping[str, Any]]) -> str:
     """The table of the candidates, means over the cuts."""
     steps = list(dict.fromkeys(step for cut in cuts for trial in cut.values() for step in trial if step[0].isdigit()))
     text = _TUNING + f"\n| candidate | cuts | {' | '.join(steps)} |\n" + "|---" * (len(steps) + 2) + "|\n"
-    for name in CANDIDATES:
+    for name in (*CANDIDATES, *(f"content_ridge, {penalty}" for penalty in PENALTIES)):
         found = [cut[name] for cut in cuts if name in cut]
         if found:
             cells = [
@@ -379,8 +387,8 @@ _TUNING = """
 ## The candidates
 
 HR@10 of the items that are cold for validation, of cuts by other seeds (`--tune`). *towers* is *fusion*; the numbers are the
-weights of the contrastive losses, of the unclicked and of views. 0: without relations; η, λ: with a share η of a ridge
-regression with the penalty λ; empty: not measured.
+weights of the contrastive losses, of the unclicked and of views; that of *content_ridge* is its penalty. 0: without relations;
+η, λ: with a share η of a ridge regression with the penalty λ; empty: not measured.
 """
 
 
