@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,24 +204,29 @@ def _search_real(data: dict[str, Any]) -> str:
         [
             name,
             f"{data['seconds'][name]:.0f}",
-            *(f"{r[method]['mean']:.5f}" for method in ("hedged", "random")),
+            *(
+                f"{statistics.fmean(r[method]['by_seed']):.5f} ± {statistics.stdev(r[method]['by_seed']):.5f}"
+                for method in ("hedged", "random")
+            ),
             f"{r['wins']} of {data['seeds']}",
             "never" if r["time_share"] is None else f"{r['time_share']:.2f}",
+            f"{sum(r['cpu_seconds']['hedged']) / sum(r['cpu_seconds']['random']):.2f}",
             "yes" if r["holds"] else "no",
         ]
         for name, r in data["data"].items()
     ]
-    header = ["data", "seconds a search", "test log loss, hedged", "random", "won", "time to random's median", "gates hold"]
+    header = ["data", "seconds", "test log loss, hedged", "random", "won", "time to random's median", "CPU", "gates hold"]
     text = (
-        f"Searches that train, hedged and random side by side with {data['seeds']} seeds; the mean test log loss of what they "
-        "end with, and after what share of the budget the hedged ones reach the median of random's end (on validation "
-        "rows):\n\n" + _table(header, rows)
+        f"Searches that train, hedged and random side by side with {data['seeds']} seeds; the test log loss of what they "
+        "end with, after what share of the budget the hedged ones reach the median of random's end (on validation "
+        "rows), and their CPU seconds, random = 1:\n\n" + _table(header, rows)
     )
     if "published" in data:
         found = data["published"]
         text += (
-            f"\nOn Frappe, by validation AUC, two workers: {found['model']} with {found['search']['mean']:.5f}; the published "
-            f"FinalMLP settings {found['final_mlp']['mean']:.5f}.\n"
+            f"\nOn Frappe, by validation AUC, two workers: {found['model']} with {found['search']['mean']:.5f} ± "
+            f"{found['search']['std']:.5f}; the published FinalMLP settings {found['final_mlp']['mean']:.5f} ± "
+            f"{found['final_mlp']['std']:.5f}.\n"
         )
     return text
 
