@@ -88,7 +88,11 @@ def run_real(setting: Setting, names: Sequence[str] = tuple(DATA), folder: Path 
                 for s in range(setting.seeds)
                 for m in METHODS
             ]
-            runs = {method: [call.result() for m, call in calls if m == method] for method in METHODS}
+            try:
+                runs = {method: [call.result() for m, call in calls if m == method] for method in METHODS}
+            except BaseException:
+                processes.shutdown(wait=False, cancel_futures=True)  # of hours, for nothing
+                raise
         results[name] = compare(runs["hedged"], runs["random"], setting.seconds[name])
     rows = [
         [
@@ -128,7 +132,7 @@ def compare(hedged: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, A
         name: [float(r["test"]["log_loss"]["mean"]) for r in runs] for name, runs in (("hedged", hedged), ("random", chance))
     }
     wins = sum(a < b for a, b in zip(losses["hedged"], losses["random"], strict=True))
-    goal = statistics.median(min(p["value"] for p in r["curve"]) for r in chance)
+    goal = statistics.median(min((p["value"] for p in r["curve"]), default=float("inf")) for r in chance)
     reached = [next((p["seconds"] for p in r["curve"] if p["value"] <= goal), None) for r in hedged]
     known = sorted(float("inf") if t is None else t for t in reached)
     share = known[len(known) // 2] / seconds

@@ -43,16 +43,18 @@ def fraction_rows(rows: int, fraction: float, *, recent: bool, seed: int) -> Ten
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
-def promotes(score: float, others: Sequence[float]) -> bool:
+def promotes(score: float, others: Sequence[float], noise: float = 0.0) -> bool:
     """Whether a trial goes on to the next rung: it is among the best third of those that came to this one, itself among them,
-    or the best of fewer than three (ASHA, arXiv:1810.05934, decided at once instead of waiting for a free worker).
+    or the best of fewer than three (ASHA, arXiv:1810.05934, decided at once instead of waiting for a free worker). Another one
+    is better only by more than two seeds of the same settings differ, √2 standard deviations.
 
     Args:
         score: of the trial.
-        others: of all other trials on the rung.
+        others: of all other trials on the rung that can be trained on all rows.
+        noise: standard deviation of the score over seeds; 0: unknown.
     """
     allowed = max((len(others) + 1) // ETA, 1)
-    return sum(other > score for other in others) < allowed
+    return sum(other - score > math.sqrt(2) * noise for other in others) < allowed
 
 
 def active_rungs(count: int, trials: Sequence[Scores]) -> tuple[int, ...]:

@@ -65,6 +65,10 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"trials: {trials}; {report['lost']} taken up again after their process was gone",
         f"rungs, as shares of the training rows: {rungs}",
     ]
+    if report["compared_on"] < 1:
+        lines.append(
+            f"no trial had the time for all training rows: the best on {report['compared_on']:.3g} of them were trained again"
+        )
     if report["noise"] is not None:
         lines.append(f"noise of seeds on the lowest rung: standard deviation {report['noise']:.2g}; less is no difference")
     if report["runner_up"] is not None and report["runner_up"]["ahead"] is not None:

@@ -17,7 +17,7 @@ from ctrlib.config import ConfigError
 from ctrlib.files import json_text
 from ctrlib.search.fidelity import active_rungs, one_epoch
 from ctrlib.search.finish import Finalist, trained_again
-from ctrlib.search.sampling import failure, others_of, trial_scores
+from ctrlib.search.sampling import TOO_SLOW, failure, others_of, trial_scores
 from ctrlib.search.trials import Metric, sign
 from ctrlib.search.worker import Work, after_one_epoch
 
@@ -26,12 +26,12 @@ _log = logging.getLogger("ctrlib")
 
 def finalists(study: Study, work: Work) -> tuple[list[Finalist], list[Finalist]]:
     """The best trials on all rows that there is time to train again, and those on the front of quality, latency and size; and
-    the points of the front that there is no time for.
+    the points of the front that there is no time for. Where no trial came to all rows, the best of the highest rung.
 
     Raises:
         ConfigError: there is none; says why trials failed.
     """
-    trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+    trials = _compared(study, work)
     if not trials:
         ended = [failure(t) or t.user_attrs.get("stopped") for t in study.get_trials(deepcopy=False)]
         reasons = list(dict.fromkeys(str(reason) for reason in ended if reason))
@@ -44,18 +44,29 @@ def finalists(study: Study, work: Work) -> tuple[list[Finalist], list[Finalist]]
     ranked = [_finalist(t, work, main=True) for t in best.values()]
     used = time.time() - work.began
     done = trained_again(work.journal.parent, ranked, work.study, work.config.finish_seeds)
-    costs = [0.0 if t.number in done else _seconds(t) for t in best.values()]
+    costs = [0.0 if t.number in done else _seconds(t, work) for t in best.values()]
     chosen = ranked[: work.budget.affordable(used, costs)]
     front = [f for f in ranked if not any(_dominates(other, f, work.config.metric) for other in ranked)]
     extra = [replace(f, main=False) for f in front if f.number not in {c.number for c in chosen}]
-    seconds = {t.number: _seconds(t) for t in best.values()}
+    seconds = {t.number: _seconds(t, work) for t in best.values()}
     count = work.budget.extra(used, [seconds[f.number] for f in chosen], [seconds[f.number] for f in extra])
     return [*chosen, *extra[:count]], extra[count:]
 
 
-def _seconds(trial: FrozenTrial) -> float:
-    """On all rows. Studies of earlier versions may lack it, of a trial that was killed after its last rung."""
-    return float(trial.user_attrs.get("whole_seconds", trial.user_attrs.get("seconds", 0.0)))
+def _compared(study: Study, work: Work) -> list[FrozenTrial]:
+    """Trials on the highest rung that any came to: one that is not too slow for all rows, and did not fail."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    trials = [t for t in ended if t.intermediate_values and t.value is not None and not t.user_attrs.get(TOO_SLOW)]
+    highest = max((t.last_step or 0 for t in trials), default=0)
+    return [t for t in trials if t.last_step == highest]
+
+
+def _seconds(trial: FrozenTrial, work: Work) -> float:
+    """On all rows; of a trial that did not come to them, and of one of an earlier version, by the rows that it had."""
+    if "whole_seconds" in trial.user_attrs:
+        return float(trial.user_attrs["whole_seconds"])
+    shares = sum(work.rungs[rung] for rung in trial.intermediate_values)
+    return float(trial.user_attrs.get("seconds", 0.0)) / max(shares, work.rungs[0])
 
 
 def _finalist(trial: FrozenTrial, work: Work, main: bool) -> Finalist:
@@ -82,6 +93,7 @@ def facts(study: Study, work: Work, left_out: Sequence[Finalist]) -> dict[str, A
     scores = trial_scores(others_of(study), sign(work.config.metric))
     active = active_rungs(len(work.rungs), scores)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    compared = max((t.last_step or 0 for t in _compared(study, work)), default=0)
     curve = [
         {"seconds": t.user_attrs["at"], "trial": t.number, "value": t.value}
         for t in sorted(complete, key=lambda t: t.number)
@@ -92,6 +104,7 @@ def facts(study: Study, work: Work, left_out: Sequence[Finalist]) -> dict[str, A
         "method": work.config.method,
         "study": work.study,
         "trials": {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState},
+        "compared_on": work.rungs[compared],  # of the training rows, before the best are trained on all of them
         "rungs": [{"share": share, "used": i in active} for i, share in enumerate(work.rungs)],
         "noise": study.user_attrs.get("noise"),
         "one_epoch": one_epoch(*after_one_epoch(others_of(study), work)),

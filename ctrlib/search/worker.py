@@ -346,8 +346,9 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
             "trial %d, %s, on %.3g of the rows: %s %.5f", trial.number, candidate.name, work.rungs[rung], config.metric, value
         )
         if rung != active[-1]:
-            now = trial_scores(others_of(study, trial.number), sign(config.metric))
-            reached = [scores[rung] for scores in now if rung in scores]
-            if not promotes(sign(config.metric) * value, reached):
+            # settings that are too slow for all rows keep nobody from them
+            rivals = [t for t in others_of(study, trial.number) if not t.user_attrs.get(TOO_SLOW)]
+            reached = [scores[rung] for scores in trial_scores(rivals, sign(config.metric)) if rung in scores]
+            if not promotes(sign(config.metric) * value, reached, float(study.user_attrs.get("noise") or 0.0)):
                 raise optuna.TrialPruned(f"not among the best third on {work.rungs[rung]:.3g} of the rows")
     return value

@@ -56,6 +56,13 @@ def test_promotion_by_a_hand_table() -> None:
         seen.append(score)
 
 
+def test_a_difference_that_two_seeds_make_keeps_nobody_back() -> None:
+    assert not promotes(0.70, [0.705, 0.71])
+    assert not promotes(0.70, [0.705, 0.71], 0.005)  # 0.01 is more than √2 × 0.005
+    assert promotes(0.70, [0.705, 0.706], 0.005)
+    assert not promotes(0.70, [0.72] * 5, 0.005)
+
+
 def test_a_scrambled_rung_is_abolished_and_a_true_one_kept() -> None:
     rng = np.random.default_rng(0)
     true = rng.normal(size=12)

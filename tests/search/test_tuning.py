@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ctrlib.experiment import RunConfig, prepare, train  # noqa: E402
 from ctrlib.models.presets import preset  # noqa: E402
 from ctrlib.schema import DataError  # noqa: E402
 from ctrlib.search import finish as finishing  # noqa: E402
-from ctrlib.search import trials, tuning  # noqa: E402
+from ctrlib.search import trials, tuning, worker  # noqa: E402
 from ctrlib.search.budget import Budget  # noqa: E402
 from ctrlib.search.hedge import Hedge  # noqa: E402
 from ctrlib.search.sampling import open_storage, tpe_sampler  # noqa: E402
@@ -341,6 +342,50 @@ def test_a_budget_too_small_for_a_space_of_ones_own(data: Path, tmp_path: Path) 
         spaces.run(data, tmp_path / "patient", spaces.patient, budget=30.0, finalists=1, finish_seeds=1)
     # .6 of the budget for all that tried; a clock on the wall would also see what else the machine does
     assert sum(t.user_attrs["seconds"] for t in _trials(tmp_path / "patient")) < 25
+
+
+def test_where_no_trial_comes_to_all_rows_the_best_on_fewer_are_trained_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on = worker.train_on
+
+    def cut_off(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
+        if fraction < 1:
+            return train_on(store, run, fraction, **options)
+        raise trials.OutOfTimeError("no time")
+
+    monkeypatch.setattr(worker, "train_on", cut_off)
+    monkeypatch.setattr(worker, "_deadline", lambda work, whole: (None, False))  # the budget ended, whatever the settings
+    report = spaces.run(data, tmp_path / "run", trials=5, smallest=300)
+    assert report["trials"]["complete"] == 0
+    assert report["curve"] == []
+    values = {t.number: t.intermediate_values[0] for t in _trials(tmp_path / "run")}  # of two rungs
+    assert {e["trial"] for e in report["leaderboard"]} == set(sorted(values, key=values.__getitem__)[:2])
+    assert all(e["search"] == values[e["trial"]] for e in report["leaderboard"])
+    assert report["compared_on"] == pytest.approx(1 / 3)
+    assert "the best on 0.333 of them were trained again" in (tmp_path / "run" / "report.md").read_text()
+    assert (tmp_path / "run" / "curve.png").is_file()
+
+    monkeypatch.setattr(worker, "_deadline", lambda work, whole: (None, True))  # these settings would need more than there is
+    with pytest.raises(ConfigError, match="no trial succeeded: no time"):
+        spaces.run(data, tmp_path / "slow", trials=1, smallest=300)
+
+
+def test_slow_settings_keep_no_others_from_all_rows(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_on = worker.train_on
+    seen: list[float] = []
+
+    def first_is_slow(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
+        seen.append(fraction)
+        if seen.count(1.0) == 1 and fraction == 1:
+            raise trials.OutOfTimeError("no time")
+        found = train_on(store, run, fraction, **options)
+        return replace(found, value=float(len(seen)))  # the first is the best, on every rung
+
+    monkeypatch.setattr(worker, "train_on", first_is_slow)
+    monkeypatch.setattr(worker, "_deadline", lambda work, whole: (None, True))
+    report = spaces.run(data, tmp_path / "run", trials=2, smallest=300, method="random")
+    assert report["trials"]["complete"] == 1
 
 
 def test_the_longest_trial() -> None:
