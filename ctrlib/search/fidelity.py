@@ -61,14 +61,18 @@ def active_rungs(count: int, trials: Sequence[Scores]) -> tuple[int, ...]:
     """Rungs that are still used, lowest first; the last one always is.
 
     A rung is abolished when it misleads: of at least six trials that were on it and on the next one in use, the order on the
-    two agrees less than Spearman's ρ = 0.5.
+    two agrees less than Spearman's ρ = 0.5. Where fewer came to that one, an abolished one below it tells; a rung does not come
+    back because the one above it went.
     """
     active = list(range(count))
     for rung in range(count - 2, -1, -1):
-        above = active[active.index(rung) + 1]
-        both = [(t[rung], t[above]) for t in trials if rung in t and above in t]
-        if len(both) >= _PAIRS and spearman(*map(np.array, zip(*both, strict=True))) < _AGREEMENT:
-            active.remove(rung)
+        used = active[active.index(rung) + 1]
+        for above in (used, *range(rung + 1, used)):
+            both = [(t[rung], t[above]) for t in trials if rung in t and above in t]
+            if len(both) >= _PAIRS:
+                if spearman(*map(np.array, zip(*both, strict=True))) < _AGREEMENT:
+                    active.remove(rung)
+                break
     return tuple(active)
 
 

@@ -73,6 +73,9 @@ def test_a_scrambled_rung_is_abolished_and_a_true_one_kept() -> None:
     # with the middle rung gone, the lowest is compared with the last
     middle = [{0: float(t), 1: float(s), 2: float(t)} for s, t in zip(rng.permutation(true), true, strict=True)]
     assert active_rungs(3, middle) == (0, 2)
+    # too few came from the lowest to the last, for it was gone by then: what it said of the middle one still counts
+    later = [{1: float(s), 2: float(t)} for s, t in zip(rng.permutation(true), true, strict=True)]
+    assert active_rungs(3, [{0: t[0], 1: t[1]} for t in scrambled] + later) == (2,)
 
 
 def test_spearman_against_scipy() -> None:
