@@ -57,6 +57,11 @@ def promotes(score: float, others: Sequence[float], noise: float = 0.0) -> bool:
     return sum(other - score > math.sqrt(2) * noise for other in others) < allowed
 
 
+def unchecked(trials: Sequence[Scores], rung: int, above: int) -> bool:
+    """Whether fewer trials were on both rungs than :func:`active_rungs` needs to tell if the lower one misleads."""
+    return sum(rung in t and above in t for t in trials) < _PAIRS
+
+
 def active_rungs(count: int, trials: Sequence[Scores]) -> tuple[int, ...]:
     """Rungs that are still used, lowest first; the last one always is.
 

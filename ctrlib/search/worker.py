@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ctrlib.config import ConfigError, check_choice, positive
 from ctrlib.search.budget import Budget
-from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, lifted, one_epoch, promotes
+from ctrlib.search.fidelity import active_rungs, best_after_one_epoch, lifted, one_epoch, promotes, unchecked
 from ctrlib.search.sampling import (
     GRACE,
     TOO_SLOW,
@@ -318,11 +318,13 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
     if config.latency_ms is not None and measured > config.latency_ms:
         raise optuna.TrialPruned(f"100 rows take {measured:.3g} ms, more than {config.latency_ms:g} ms")
     del model
-    deadline, too_slow = _deadline(work, _whole(others))
+    whole = _whole(others)
+    deadline, too_slow = _deadline(work, whole)
     done = {int(rung): value for rung, value in trial.user_attrs.get("rungs", {}).items()}
     active = active_rungs(len(work.rungs), trial_scores(others, sign(config.metric)))
-    value, checks = math.nan, []
+    value, checks = math.nan, list[bool]()
     for rung in active:
+        seconds = 0.0
         if rung in done:
             value = done[rung]
         else:
@@ -332,7 +334,7 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
             except OutOfTimeError:
                 trial.set_user_attr(TOO_SLOW, too_slow)
                 raise
-            value = outcome.value
+            value, seconds = outcome.value, outcome.seconds
             noise = study.user_attrs.get("noise")
             if run.fit.epochs > 1 and noise is not None:
                 curve = [(epoch, sign(config.metric) * reached) for epoch, reached in outcome.curve]
@@ -346,9 +348,17 @@ def _climb(trial: optuna.Trial, candidate: Candidate, work: Work) -> float:
             "trial %d, %s, on %.3g of the rows: %s %.5f", trial.number, candidate.name, work.rungs[rung], config.metric, value
         )
         if rung != active[-1]:
+            needed = seconds / work.rungs[rung]
+            if whole and deadline is not None and time.monotonic() + needed > deadline:  # others have the time
+                trial.set_user_attr(TOO_SLOW, too_slow)
+                raise OutOfTimeError(f"all rows would take about {needed:.3g} s, more than the budget allows for one trial")
             # settings that are too slow for all rows keep nobody from them
             rivals = [t for t in others_of(study, trial.number) if not t.user_attrs.get(TOO_SLOW)]
-            reached = [scores[rung] for scores in trial_scores(rivals, sign(config.metric)) if rung in scores]
+            scores = trial_scores(rivals, sign(config.metric))
+            above = active[active.index(rung) + 1]
+            if above != active[-1] and unchecked(scores, rung, above):  # it may mislead: the next one, of few rows, tells
+                continue
+            reached = [s[rung] for s in scores if rung in s]
             if not promotes(sign(config.metric) * value, reached, float(study.user_attrs.get("noise") or 0.0)):
                 raise optuna.TrialPruned(f"not among the best third on {work.rungs[rung]:.3g} of the rows")
     return value

@@ -15,6 +15,7 @@ from ctrlib.search.fidelity import (
     one_epoch,
     promotes,
     spearman,
+    unchecked,
 )
 
 
@@ -61,6 +62,11 @@ def test_a_difference_that_two_seeds_make_keeps_nobody_back() -> None:
     assert not promotes(0.70, [0.705, 0.71], 0.005)  # 0.01 is more than √2 × 0.005
     assert promotes(0.70, [0.705, 0.706], 0.005)
     assert not promotes(0.70, [0.72] * 5, 0.005)
+
+
+def test_a_rung_is_checked_by_six_trials_that_came_to_the_next() -> None:
+    assert unchecked([{0: 1.0, 1: 1.0}] * 5 + [{0: 1.0}] * 9, 0, 1)
+    assert not unchecked([{0: 1.0, 1: 1.0}] * 6, 0, 1)
 
 
 def test_a_scrambled_rung_is_abolished_and_a_true_one_kept() -> None:

@@ -388,6 +388,25 @@ def test_slow_settings_keep_no_others_from_all_rows(data: Path, tmp_path: Path, 
     assert report["trials"]["complete"] == 1
 
 
+def test_settings_that_fewer_rows_show_to_be_too_slow_are_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on = worker.train_on
+    fractions: list[float] = []
+
+    def slower(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
+        fractions.append(fraction)
+        found = train_on(store, run, fraction, **options)
+        return replace(found, value=1.0, seconds=1e6 * fraction)  # the first has no other to compare with, and goes on
+
+    monkeypatch.setattr(worker, "train_on", slower)
+    report = spaces.run(data, tmp_path / "run", trials=2, smallest=300, budget=600.0)
+    assert fractions == pytest.approx([1 / 3, 1, 1 / 3])
+    assert report["trials"]["complete"] == 1
+    assert [s["trial"] for s in report["stopped"]] == [1]
+    assert report["stopped"][0]["reason"] == "all rows would take about 1e+06 s, more than the budget allows for one trial"
+
+
 def test_the_longest_trial() -> None:
     budget = Budget(seconds=100, seeds=3, workers=1, finalists=2)
     # before any on all rows: as long as it takes to train it once more with three seeds
