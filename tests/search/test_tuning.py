@@ -347,7 +347,7 @@ def test_a_budget_too_small_for_a_space_of_ones_own(data: Path, tmp_path: Path) 
 def test_where_no_trial_comes_to_all_rows_the_best_on_fewer_are_trained_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_on = worker.train_on
+    train_on = trials.train_on
 
     def cut_off(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
         if fraction < 1:
@@ -372,7 +372,7 @@ def test_where_no_trial_comes_to_all_rows_the_best_on_fewer_are_trained_again(
 
 
 def test_slow_settings_keep_no_others_from_all_rows(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_on = worker.train_on
+    train_on = trials.train_on
     seen: list[float] = []
 
     def first_is_slow(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
@@ -391,7 +391,7 @@ def test_slow_settings_keep_no_others_from_all_rows(data: Path, tmp_path: Path, 
 def test_settings_that_fewer_rows_show_to_be_too_slow_are_stopped(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_on = worker.train_on
+    train_on = trials.train_on
     fractions: list[float] = []
 
     def slower(store: Store, run: RunConfig, fraction: float, **options: Any) -> Any:
