@@ -204,10 +204,7 @@ def _search_real(data: dict[str, Any]) -> str:
         [
             name,
             f"{data['seconds'][name]:.0f}",
-            *(
-                f"{statistics.fmean(r[method]['by_seed']):.5f} ± {statistics.stdev(r[method]['by_seed']):.5f}"
-                for method in ("hedged", "random")
-            ),
+            *(f"{r[method]['mean']:.5f} ± {statistics.stdev(r[method]['by_seed']):.5f}" for method in ("hedged", "random")),
             f"{r['wins']} of {data['seeds']}",
             "never" if r["time_share"] is None else f"{r['time_share']:.2f}",
             f"{sum(r['cpu_seconds']['hedged']) / sum(r['cpu_seconds']['random']):.2f}",

@@ -59,7 +59,7 @@ def promotes(score: float, others: Sequence[float], noise: float = 0.0) -> bool:
 
 def unchecked(trials: Sequence[Scores], rung: int, above: int) -> bool:
     """Whether fewer trials were on both rungs than :func:`active_rungs` needs to tell if the lower one misleads."""
-    return sum(rung in t and above in t for t in trials) < _PAIRS
+    return len(_both(trials, rung, above)) < _PAIRS
 
 
 def active_rungs(count: int, trials: Sequence[Scores]) -> tuple[int, ...]:
@@ -73,12 +73,17 @@ def active_rungs(count: int, trials: Sequence[Scores]) -> tuple[int, ...]:
     for rung in range(count - 2, -1, -1):
         used = active[active.index(rung) + 1]
         for above in (used, *range(rung + 1, used)):
-            both = [(t[rung], t[above]) for t in trials if rung in t and above in t]
-            if len(both) >= _PAIRS:
-                if spearman(*map(np.array, zip(*both, strict=True))) < _AGREEMENT:
-                    active.remove(rung)
-                break
+            if unchecked(trials, rung, above):
+                continue
+            if spearman(*map(np.array, zip(*_both(trials, rung, above), strict=True))) < _AGREEMENT:
+                active.remove(rung)
+            break
     return tuple(active)
+
+
+def _both(trials: Sequence[Scores], rung: int, above: int) -> list[tuple[float, float]]:
+    """Scores of the trials that were on both rungs."""
+    return [(t[rung], t[above]) for t in trials if rung in t and above in t]
 
 
 def spearman(a_N: npt.NDArray[np.float64], b_N: npt.NDArray[np.float64]) -> float:
@@ -100,7 +105,7 @@ def lifted(trials: Sequence[Scores], count: int) -> list[float]:
     gains = [0.0] * count  # from rung r to the last
     for rung in range(count - 2, -1, -1):
         for above in range(rung + 1, count):
-            steps = [t[above] - t[rung] for t in trials if rung in t and above in t]
+            steps = [after - before for before, after in _both(trials, rung, above)]
             if steps:
                 gains[rung] = gains[above] + math.fsum(steps) / len(steps)
                 break
