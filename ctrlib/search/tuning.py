@@ -320,7 +320,10 @@ def _noise(work: Work, store: Store) -> float | None:
     for i in range(_NOISE_SEEDS):
         seed = trial_seed(work.config.seed, 2**31 + i)
         try:
-            values.append(train_on(store, run, work.rungs[0], metric=metric, seed=seed, deadline=deadline).value)
+            found = train_on(store, run, work.rungs[0], metric=metric, seed=seed, deadline=deadline)
         except OutOfTimeError:
+            break
+        values.append(found.value)
+        if deadline is not None and time.monotonic() + found.seconds > deadline:  # the next would not be done by then
             break
     return statistics.stdev(values) if len(values) > 1 else None

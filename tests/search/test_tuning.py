@@ -328,6 +328,23 @@ def test_the_default_space_on_small_data(data: Path, tmp_path: Path) -> None:
     assert isinstance(report["noise"], float)
 
 
+@pytest.mark.parametrize(("seconds", "begun"), [(0.0, 3), (1e3, 1)])
+def test_no_seed_for_the_noise_begins_that_would_not_be_done_in_time(
+    seconds: float, begun: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on = trials.train_on
+    seeds: list[int] = []
+
+    def timed(store: Store, run: RunConfig, fraction: float, *, seed: int, **options: Any) -> Any:
+        seeds.append(seed)
+        return replace(train_on(store, run, fraction, seed=seed, **options), seconds=seconds)
+
+    monkeypatch.setattr(tuning, "train_on", timed)
+    report = spaces.run(data, tmp_path / "run", trials=1, budget=600.0, smallest=300)
+    assert len(set(seeds)) == len(seeds) == begun
+    assert (report["noise"] is None) == (begun == 1)
+
+
 def test_tpe_is_grouped_and_searches(data: Path, tmp_path: Path) -> None:
     sampler = tpe_sampler(0)
     assert (sampler._multivariate, sampler._group, sampler._constant_liar) == (True, True, True)
