@@ -101,7 +101,8 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         seed: of the search.
         sign: of the study's value, see :func:`ctrlib.search.trials.sign`.
         rungs: how many there are.
-        portfolio: settings to begin with; the earlier, the better.
+        portfolio: settings to begin with, the better the earlier. The first two are tried whatever the trials say, right before
+            and right after the random ones that a hedge begins with.
         hedge: ``None``: every trial is at random.
     """
 
@@ -132,6 +133,9 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         seen = [t for t in others if t.params]
         if self._hedge is None or self._hedge.turn(number) == "random":
             return self._drawn(rng).params
+        untried = [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
+        if untried and number in (0, self._hedge.random + 1):
+            return untried[0].params
         scores = trial_scores(seen, self._sign)
         values = np.array(lifted(scores, self._rungs))
         done = np.array([t.state.is_finished() for t in seen], dtype=bool)
@@ -144,7 +148,7 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         draws = [self._drawn(rng) for _ in range(_FRESH)]
         draws += [self._drawn(rng, best[i % len(best)].params) for i in range(_NEAR) if best]
         draws += [self._drawn(rng, best[i % len(best)].params, jitter=_JITTER) for i in range(_NEAR) if best]
-        draws += [draw for draw in self._portfolio if not any(dict(t.params) == draw.params for t in seen)]
+        draws += untried
         axes = _even(merged([draw.axes for draw in draws]))
         candidates, tried = (locate(axes, [_known(p, axes) for p in of]) for of in (_params(draws), _params(seen)))
         past = []
