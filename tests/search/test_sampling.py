@@ -29,6 +29,7 @@ from ctrlib.search.sampling import (  # noqa: E402
     sampler_for,
     take_up_lost,
 )
+from ctrlib.search.space import AutoSpace, Portfolio  # noqa: E402
 from tests.search import spaces  # noqa: E402
 
 GONE = f"{socket.gethostname()}:{2**22 + 1}"  # above the largest number of a process
@@ -177,6 +178,23 @@ def test_workers_that_begin_at_once_do_not_try_the_same(method: Any) -> None:
         study.sampler = worker
         spaces.small(trial)
     assert len({json.dumps(trial.params) for trial in begun}) == 3
+
+
+def test_the_first_two_of_the_portfolio_are_tried_whatever_the_trials_say() -> None:
+    space = AutoSpace(rows=100_000, table_rows=5_000)
+    first, second, *_ = Portfolio().draws(space)
+    for scores in ((0.1, 0.9, 0.9), (0.9, 0.1, 0.1)):
+        study = optuna.create_study(
+            sampler=sampler_for("hedged", space, seed=0, sign=-1.0, rungs=1, portfolio=Portfolio().draws(space))
+        )
+        for score in scores:
+            trial = study.ask()
+            space(trial)
+            trial.report(score, 0)
+            study.tell(trial, score)
+        trial = study.ask()
+        space(trial)
+        assert [study.trials[0].params, trial.params] == [first.params, second.params]
 
 
 def test_the_more_parameters_the_less_each_counts() -> None:

@@ -64,6 +64,14 @@ def test_portfolio_is_in_the_space_and_follows_the_models() -> None:
     assert Portfolio().draws(AutoSpace(models=("fm",))) == []
 
 
+def test_portfolio_of_large_tables_has_another_optimizer_for_them() -> None:
+    small, large = (Portfolio().draws(AutoSpace(table_rows=rows)) for rows in (1000, 10**7))
+    dense = [d.params["table_optimizer"] == "dense" for d in small]
+    assert dense == [False, True, True, False, False, False, False, False]
+    for few, many, changed in zip(small, large, dense, strict=True):
+        assert many.params == few.params | ({"table_optimizer": "adagrad"} if changed else {})
+
+
 @pytest.mark.parametrize("rows", [2_000, 10_000, 16_383])
 def test_portfolio_of_few_rows_has_the_largest_batch_they_allow(rows: int) -> None:
     draws = Portfolio().draws(AutoSpace(rows=rows, table_rows=1000))
