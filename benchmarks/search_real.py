@@ -1,7 +1,7 @@
 """Searches that train: hedged against random, the same seconds and the same space, on three data sets.
 
-Both searches of a seed run side by side, each with one thread, so that they see the same machine. Every search is a folder
-under ``runs/search``; what is finished is not run again, and what was cut off goes on.
+Two searches run side by side, each with one thread: those of one seed, so that they see the same machine, unless one of them is
+there already. Every search is a folder under ``runs/search``; what is finished is not run again, and what was cut off goes on.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _search_real(data: dict[str, Any]) -> str:
     ]
     header = ["data", "seconds", "test log loss, hedged", "random", "won", "time to random's median", "CPU", "gates hold"]
     text = (
-        f"Searches that train, hedged and random side by side with {data['seeds']} seeds; the test log loss of what they "
+        f"Searches that train, two at a time with one thread each, {data['seeds']} seeds; the test log loss of what they "
         "end with, after what share of the budget the hedged ones reach the median of random's end (on validation "
         "rows), and their CPU seconds, random = 1:\n\n" + _table(header, rows)
     )

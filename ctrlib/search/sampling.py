@@ -101,8 +101,8 @@ class HedgedSampler(optuna.samplers.BaseSampler):
         seed: of the search.
         sign: of the study's value, see :func:`ctrlib.search.trials.sign`.
         rungs: how many there are.
-        portfolio: settings to begin with, the better the earlier. The first two are tried whatever the trials say, right before
-            and right after the random ones that a hedge begins with.
+        portfolio: settings to begin with; the earlier, the better. The first two are tried whatever the trials say, right
+            before and right after the random ones that a hedge begins with.
         hedge: ``None``: every trial is at random.
     """
 
