@@ -341,8 +341,8 @@ def _changed(config: C, change: Callable[[Any], Any]) -> C:
 class Portfolio:
     """Settings worth trying first, best guess first: of the default space, fixed before any trial.
 
-    They go from weak to strong L2 on embeddings, the parameter whose best value differs most between data sets, each with a
-    model and a training that do well in the experiments of this repository and in public benchmarks. The second is the
+    Between them they have weak and strong L2 on embeddings, the parameter whose best value differs most between data sets, each
+    with a model and a training that do well in the experiments of this repository and in public benchmarks. The second is the
     opposite of the first in what data sets disagree about: strong L2 in every step instead of weak one on the rows of the
     batch, with batch norm instead of none.
     """
@@ -363,19 +363,20 @@ class Portfolio:
     def draws(self, space: Space) -> list[Draw]:
         """The members that the space knows: all of their names are among its choices. A number beyond its range, as the usual
         batch is for few rows, is the nearest one of it; tables too large to be dense have the usual optimizer."""
-        found = []
-        for member in self.members:
-            for params in (member, {**member, "table_optimizer": _COMMON["table_optimizer"]}):
-                draw = Draw(np.random.default_rng(0), params, clip=True)
-                try:
-                    space(draw)
-                except ConfigError:
-                    continue
-                names = [name for name, axis in draw.axes.items() if axis.choices and name in params]
-                if all(draw.params[name] == params[name] for name in names):
-                    found.append(draw)
-                    break
-        return found
+        usual = {"table_optimizer": _COMMON["table_optimizer"]}
+        found = [_as_fixed(space, member) or _as_fixed(space, {**member, **usual}) for member in self.members]
+        return [draw for draw in found if draw is not None]
+
+
+def _as_fixed(space: Space, params: Params) -> Draw | None:
+    """``None`` where the space does not have all of their names among its choices."""
+    draw = Draw(np.random.default_rng(0), params, clip=True)
+    try:
+        space(draw)
+    except ConfigError:
+        return None
+    names = [name for name, axis in draw.axes.items() if axis.choices and name in params]
+    return draw if all(draw.params[name] == params[name] for name in names) else None
 
 
 _COMMON: Params = {
